@@ -1,0 +1,115 @@
+"""The only file that branches on the type of a device.
+
+Random number generators and pinned memory. Works with every accelerator whose
+``torch.<type>`` module has ``get_rng_state`` and ``set_rng_state``; nothing here
+initialises a device that was not in use before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wrappers import _tree
+
+__all__ = ["DefaultDeviceType", "get_device_states", "set_device_states"]
+
+_WITHOUT_RNG = frozenset({"cpu", "meta"})
+
+
+class DefaultDeviceType:
+    """The device type that stands in where arguments name none.
+
+    Kept for code that uses ``torch.utils.checkpoint.DefaultDeviceType``. The engine itself
+    keeps the random state of every device in use and needs no default.
+    """
+
+    _device_type: str | None = None
+
+    @staticmethod
+    def set_device_type(device: str = "cuda") -> None:
+        """Set the default device type.
+
+        Args:
+            device: A device type such as ``"cuda"``.
+        """
+        DefaultDeviceType._device_type = device
+
+    @staticmethod
+    def get_device_type() -> str:
+        """Return the type that was set; else the accelerator's; else ``"cpu"``."""
+        if DefaultDeviceType._device_type is None:
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            return "cpu" if accelerator is None else accelerator.type
+        return DefaultDeviceType._device_type
+
+
+def is_host(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is the host's, so that there is nothing to offload."""
+    return tensor.is_cpu
+
+
+def current_devices() -> list[torch.device]:
+    """The accelerator's current device, if the accelerator is initialised; else nothing."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return []
+    if not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
+        return []
+    return [torch.device(accelerator.type, torch.accelerator.current_device_index())]
+
+
+def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Every device with a random state of its own on which one of the tensors lies."""
+    devices = {t.device: None for t in tensors if not t.is_cpu}
+    return [device for device in devices if device.type not in _WITHOUT_RNG]
+
+
+def get_rng_state(device: torch.device) -> Tensor:
+    """Return a copy of a device's random state, a uint8 tensor on the host."""
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Set a device's random state."""
+    torch.get_device_module(device).set_rng_state(state, device)
+
+
+def get_device_states(*args: Any) -> tuple[list[int], list[Tensor]]:
+    """Return indices and random states of the devices on which tensors among ``args`` lie.
+
+    Args:
+        *args: Any values; tensors nested in containers are found too. Tensors of several
+            device types: CUDA goes first, else the first type met, as in torch. (The engine
+            does not use this function and keeps all of them.)
+
+    Returns:
+        Device indices, and one uint8 state tensor for each.
+    """
+    leaves, _ = _tree.flatten(args)
+    devices = rng_devices(leaves)
+    if not devices:
+        return [], []
+    kind = "cuda" if any(d.type == "cuda" for d in devices) else devices[0].type
+    devices = [d for d in devices if d.type == kind]
+    return [d.index or 0 for d in devices], [get_rng_state(d) for d in devices]
+
+
+def set_device_states(
+    devices: Sequence[int], states: Sequence[Tensor], *, device_type: str | None = None
+) -> None:
+    """Set what :func:`get_device_states` returned.
+
+    Args:
+        devices: Device indices.
+        states: One state for each.
+        device_type: Type of the devices; the default is DefaultDeviceType's.
+    """
+    kind = device_type or DefaultDeviceType.get_device_type()
+    if kind in _WITHOUT_RNG:
+        return
+    for index, state in zip(devices, states, strict=False):
+        set_rng_state(torch.device(kind, index), state)

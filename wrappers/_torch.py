@@ -1,0 +1,234 @@
+"""The only file that touches private torch APIs; it says which version has what.
+
+Everything here exists in torch 2.11 to 2.13 unless the comment beside it says otherwise. A
+function that a version lacks gets a fallback here, so that no other file asks for versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils import _device
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import SUPPORTED_NODES
+
+__all__ = [
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "SavedTensor",
+    "TorchDispatchMode",
+    "make_saved_tensor",
+    "pop_saved_tensors_hooks",
+    "push_saved_tensors_hooks",
+]
+
+_C: Any = torch._C
+_autograd: Any = _C._autograd
+
+# --- Saved tensors ----------------------------------------------------------------------
+
+#: ``push(pack, unpack)`` puts a pair on this thread's stack of saved-tensor hooks. The pair
+#: of calls costs a third of ``torch.autograd.graph.saved_tensors_hooks``, which they serve.
+push_saved_tensors_hooks: Callable[[Callable[[Tensor], Any], Callable[[Any], Tensor]], None] = (
+    _autograd._push_saved_tensors_default_hooks
+)
+pop_saved_tensors_hooks: Callable[[], None] = _autograd._pop_saved_tensors_default_hooks
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether a pair of saved-tensor hooks is active in this thread."""
+    return _autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class SavedTensor(Protocol):
+    """A tensor in autograd's keeping: it passes the active hooks and knows its version."""
+
+    def unpack(self) -> Tensor:
+        """Return the tensor; raise RuntimeError if it was changed in place since."""
+        ...
+
+
+class _SaveOne(torch.autograd.Function):
+    """Does nothing but save its first argument; the second one makes it a graph node."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.new_empty(0)
+
+
+class _NodeSavedTensor:
+    """The SavedTensor of torch 2.11 and 2.12: a graph node of our own keeps the tensor."""
+
+    __slots__ = ("_output",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        with torch.enable_grad():
+            anchor = torch.empty(0, requires_grad=True)
+            # The output, not its grad_fn: the node lives in C++ only as long as it does.
+            self._output = _SaveOne.apply(tensor, anchor)
+
+    def unpack(self) -> Tensor:
+        (tensor,) = self._output.grad_fn.saved_tensors
+        return tensor  # type: ignore[no-any-return]
+
+
+# torch._C._autograd._make_saved_tensor came with 2.13. Remove the fallback with 2.12.
+if hasattr(_autograd, "_make_saved_tensor"):
+    _make_saved_tensor: Any = _autograd._make_saved_tensor
+
+    def make_saved_tensor(tensor: Tensor) -> SavedTensor:
+        """Give a tensor into autograd's keeping, as an operator that saves its input does."""
+        return _make_saved_tensor(tensor, False)  # type: ignore[no-any-return]
+
+    saved_tensor_type: type = _autograd.SavedTensor
+else:
+
+    def make_saved_tensor(tensor: Tensor) -> SavedTensor:
+        """Give a tensor into autograd's keeping, as an operator that saves its input does."""
+        return _NodeSavedTensor(tensor)
+
+    saved_tensor_type = _NodeSavedTensor
+
+
+# --- Autograd's state -------------------------------------------------------------------
+
+#: Sets this thread's grad mode; 15 times cheaper than the context manager.
+set_grad_enabled: Callable[[bool], None] = _C._set_grad_enabled
+
+#: The object that the active GraphExecGroup has put there, or None.
+get_graph_exec_group: Callable[[], Any] = _C._get_graph_exec_group
+set_graph_exec_group: Callable[[Any], None] = _C._set_graph_exec_group
+
+
+def is_reentrant_backward_allowed() -> bool:
+    """Whether the running backward is a plain one: no ``inputs=``, no ``autograd.grad``."""
+    return bool(torch.autograd._is_checkpoint_valid())  # type: ignore[no-untyped-call]
+
+
+def is_functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
+    return _C._functorch.peek_interpreter_stack() is not None
+
+
+# --- State that a recompute must see again ----------------------------------------------
+
+is_any_autocast_enabled: Callable[[], bool] = _C._is_any_autocast_enabled
+
+_SDPA_SWITCHES = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+_sdpa_getters = [getattr(_C, f"_get_{name}_sdp_enabled") for name in _SDPA_SWITCHES]
+_sdpa_setters = [getattr(_C, f"_set_sdp_use_{name}") for name in _SDPA_SWITCHES]
+_get_deterministic = _C._get_deterministic_algorithms
+_get_warn_only = _C._get_deterministic_algorithms_warn_only
+_get_priority = _C._get_sdp_priority_order
+_flash, _mem_efficient, _math, _cudnn, _overrideable = _sdpa_getters
+
+
+def kernel_flags() -> tuple[Any, ...]:
+    """Every process-wide setting that changes which kernel or dtype an operator uses.
+
+    The SDPA switches and their priority, the deterministic-algorithms flag and the default
+    dtype, as one tuple that is cheap to take (0.6 us) and to compare.
+    """
+    return (
+        torch.get_default_dtype(),
+        _get_deterministic(),
+        _get_warn_only(),
+        _flash(),
+        _mem_efficient(),
+        _math(),
+        _cudnn(),
+        _overrideable(),
+        tuple(_get_priority()),
+    )
+
+
+def set_kernel_flags(flags: tuple[Any, ...]) -> None:
+    """Set what :func:`kernel_flags` returned."""
+    dtype, deterministic, warn_only, *switches, priority = flags
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    for setter, enabled in zip(_sdpa_setters, switches, strict=True):
+        setter(enabled)
+    _C._set_sdp_priority_order(list(priority))
+
+
+def default_device_mode() -> torch.device | None:
+    """The device of the innermost ``with torch.device(...)`` or set_default_device."""
+    return _device.CURRENT_DEVICE
+
+
+def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Hide all dispatch modes: what runs under it is not the region's own work."""
+    return _disable_current_modes()
+
+
+# --- Containers -------------------------------------------------------------------------
+
+
+def pytree_node(
+    kind: type,
+) -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[[Any, Any], Any]] | None:
+    """The (flatten, unflatten) pair that torch's pytree has registered for a type, if any."""
+    node = SUPPORTED_NODES.get(kind)
+    return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+# --- Other parts of torch that know about wrapped modules -------------------------------
+
+
+def fsdp_types() -> tuple[type, ...]:
+    """The classes of FSDP-managed modules; empty while nobody has imported FSDP."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return ()
+    return _fsdp_types()
+
+
+@functools.cache
+def _fsdp_types() -> tuple[type, ...]:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return (FSDPModule, FullyShardedDataParallel)
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_as_torch_wrapper(cls: _Class) -> _Class:
+    """Let ``isinstance(x, torch's ActivationWrapper)`` hold for a class of ours.
+
+    FSDP1 unwraps its child by that test. Does nothing in a torch without distributed.
+    """
+    if torch.distributed.is_available():
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+        ActivationWrapper.register(cls)
+    return cls
+
+
+def is_torch_wrapper(module: object) -> bool:
+    """Whether a module is wrapped by torch's own checkpoint_wrapper or offload_wrapper."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as theirs
+
+    # Not ActivationWrapper: our own classes are registered there.
+    return isinstance(module, (theirs.CheckpointWrapper, theirs.OffloadWrapper))
+
+
+def is_operator(op: object) -> bool:
+    """Whether an object is an operator that a dispatch mode can see: an overload, not a packet."""
+    return isinstance(op, (OpOverload, HigherOrderOperator))
+
+
+def operator_overloads(packet: OpOverloadPacket) -> Sequence[OpOverload]:
+    """All overloads of an operator packet such as ``torch.ops.aten.mm``."""
+    return [getattr(packet, name) for name in packet.overloads()]
