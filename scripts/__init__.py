@@ -1,0 +1,1 @@
+"""Programs around the package: the main job, its demonstration, measurements and benchmarks."""

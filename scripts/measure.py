@@ -1,0 +1,105 @@
+"""What one training step costs: bytes over time, peak bytes, FLOPs.
+
+Activation memory is what a step allocates beyond what was alive when it began. A CUDA device counts
+that itself; a CPU does not, but the profiler reports every allocation and release together with the
+allocator's running total. The total is the figure to trust: it also counts memory that another
+thread released (gloo's workers do), for which the profiler shows no event. Memory that was alive
+before the step and dies in it appears in neither, so a step should begin without gradients
+(`zero_grad(set_to_none=True)` at the end of the step before).
+
+`Step` is any function of no arguments; call it once before measuring, so that lazily built state
+(an optimizer's, a communicator's buffers) is not charged to the step.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[[], object]
+
+# Device types as the profiler's trace numbers them.
+_TRACE_DEVICE_TYPE = {"cpu": 0, "cuda": 1}
+
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Bytes alive beyond those at the start of a step, after each allocation or release.
+
+    `time_us[i]` counts from the first event, and `alive_bytes[i]` holds until `time_us[i + 1]`.
+    """
+
+    time_us: list[float]
+    alive_bytes: list[int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were alive at once."""
+        return max(self.alive_bytes, default=0)
+
+
+def memory_timeline(step: Step, device: torch.device) -> MemoryTimeline:
+    """Run `step` once under the profiler and follow the allocator of `device`.
+
+    Raises:
+        ValueError: for a device whose allocations the profiler does not number.
+    """
+    if device.type not in _TRACE_DEVICE_TYPE:
+        raise ValueError(f"memory can be followed on cpu and cuda, got {device}")
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory = [
+        (event["ts"], event["args"])
+        for event in events
+        if event["name"] == "[memory]"
+        and event["args"]["Device Type"] == _TRACE_DEVICE_TYPE[device.type]
+    ]
+    if not memory:
+        return MemoryTimeline([], [])
+    memory.sort(key=lambda event: event[1]["Ev Idx"])
+    start_us, first = memory[0]
+    start_bytes = first["Total Allocated"] - first["Bytes"]
+    return MemoryTimeline(
+        time_us=[ts - start_us for ts, _ in memory],
+        alive_bytes=[args["Total Allocated"] - start_bytes for _, args in memory],
+    )
+
+
+def peak_activation_bytes(step: Step, device: torch.device) -> int:
+    """Run `step` once and return the most bytes alive beyond those at its start."""
+    if device.type != "cuda":
+        return memory_timeline(step, device).peak_bytes
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start_bytes = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start_bytes
+
+
+def count_flops(step: Step) -> int:
+    """Run `step` once and return the floating-point operations of its matrix products.
+
+    Recomputed ones count each time. Fused attention on a CPU has no formula in torch's counter;
+    with dropout it is computed from plain products and counts in full.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
