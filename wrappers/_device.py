@@ -52,20 +52,23 @@ def is_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def current_devices() -> list[torch.device]:
-    """The accelerator's current device, if the accelerator is initialised; else nothing."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return []
-    if not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
-        return []
-    return [torch.device(accelerator.type, torch.accelerator.current_device_index())]
-
-
 def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    """Every device with a random state of its own on which one of the tensors lies."""
+    """Every device with a random state of its own that is in use.
+
+    These are the devices on which one of the tensors lies, and the accelerator's current
+    device if the accelerator is initialised.
+    """
     devices = {t.device: None for t in tensors if not t.is_cpu}
-    return [device for device in devices if device.type not in _WITHOUT_RNG]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and _is_initialized(accelerator):
+        index = torch.accelerator.current_device_index()
+        devices[torch.device(accelerator.type, index)] = None
+    return [device for device in devices if device.type not in _WITHOUT_RNG] if devices else []
+
+
+def _is_initialized(device: torch.device) -> bool:
+    module = torch.get_device_module(device)
+    return hasattr(module, "is_initialized") and bool(module.is_initialized())
 
 
 def get_rng_state(device: torch.device) -> Tensor:
@@ -89,8 +92,8 @@ def get_device_states(*args: Any) -> tuple[list[int], list[Tensor]]:
     Returns:
         Device indices, and one uint8 state tensor for each.
     """
-    leaves, _ = _tree.flatten(args)
-    devices = rng_devices(leaves)
+    tensors, _ = _tree.flatten(args)
+    devices = [t.device for t in tensors if t.device.type not in _WITHOUT_RNG]
     if not devices:
         return [], []
     kind = "cuda" if any(d.type == "cuda" for d in devices) else devices[0].type

@@ -99,6 +99,11 @@ else:
     saved_tensor_type = _NodeSavedTensor
 
 
+def raw_saved_tensors(node: Any) -> Sequence[SavedTensor]:
+    """The saved tensors of a custom Function's node, packed as they are."""
+    return node._raw_saved_tensors  # type: ignore[no-any-return]
+
+
 # --- Autograd's state -------------------------------------------------------------------
 
 #: Sets this thread's grad mode; 15 times cheaper than the context manager.
@@ -117,6 +122,17 @@ def is_reentrant_backward_allowed() -> bool:
 def is_functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
     return _C._functorch.peek_interpreter_stack() is not None
+
+
+_hide_view_tracking = functools.partial(
+    _C._SetExcludeDispatchKeyGuard, _C.DispatchKey.ADInplaceOrView, False
+)
+
+
+def detach_shallow(tensor: Tensor) -> Tensor:
+    """Detach inside a dispatch mode, where views are not tracked: share the version counter."""
+    with _hide_view_tracking():
+        return tensor.detach()
 
 
 # --- State that a recompute must see again ----------------------------------------------
@@ -166,6 +182,10 @@ def default_device_mode() -> torch.device | None:
     return _device.CURRENT_DEVICE
 
 
+#: The number of dispatch modes on this thread's stack; 0 is falsy.
+has_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
+
+
 def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """Hide all dispatch modes: what runs under it is not the region's own work."""
     return _disable_current_modes()
@@ -180,6 +200,14 @@ def pytree_node(
     """The (flatten, unflatten) pair that torch's pytree has registered for a type, if any."""
     node = SUPPORTED_NODES.get(kind)
     return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+def is_same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors look at the same memory, wherever in it they begin."""
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors, for one, have no storage
+        return a is b
 
 
 # --- Other parts of torch that know about wrapped modules -------------------------------
@@ -232,3 +260,31 @@ def is_operator(op: object) -> bool:
 def operator_overloads(packet: OpOverloadPacket) -> Sequence[OpOverload]:
     """All overloads of an operator packet such as ``torch.ops.aten.mm``."""
     return [getattr(packet, name) for name in packet.overloads()]
+
+
+def compiled_original(module: object) -> torch.nn.Module | None:
+    """The module that ``torch.compile(module)`` was made from; None for any other module.
+
+    ``OptimizedModule`` keeps it as its only child, ``_orig_mod``, and so puts that name into
+    every FQN and state-dict key below it.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return None
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    # Not getattr: OptimizedModule's own lookup needs state that unpickling has not set yet.
+    return module.__dict__["_modules"].get("_orig_mod") if type(module) is OptimizedModule else None
+
+
+def is_wrap_policy(policy: object) -> bool:
+    """Whether an object is one of FSDP's policy objects: ModuleWrapPolicy, CustomPolicy, ..."""
+    if "torch.distributed.fsdp.wrap" not in sys.modules:
+        return False
+    from torch.distributed.fsdp.wrap import _Policy
+
+    return isinstance(policy, _Policy)
+
+
+def run_wrap_policy(policy: Any, root: torch.nn.Module) -> dict[torch.nn.Module, dict[str, Any]]:
+    """The modules that a policy object of FSDP chooses, each with its keyword arguments."""
+    return policy._run_policy(root, ignored_modules=set(), root_kwargs={})  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ Build = Callable[[Iterator[Tensor]], Any]
 ATOMS = frozenset({type(None), int, float, bool, str, bytes, complex})
 
 
-def flatten(value: Any) -> tuple[list[Tensor], Callable[[list[Any]], Any]]:
+def flatten(value: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
     """Take the tensors out of a nested value.
 
     Args:

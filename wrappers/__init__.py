@@ -1,0 +1,56 @@
+"""Activation memory for PyTorch: keep, recompute or offload, region by region."""
+
+from wrappers._device import DefaultDeviceType, get_device_states, set_device_states
+from wrappers.engine.ambient import AmbientHandle, register_ambient
+from wrappers.engine.api import GraphExecGroup, checkpoint, checkpoint_sequential
+from wrappers.engine.frame import is_recomputing
+from wrappers.engine.reentrant import (
+    CheckpointFunction,
+    check_backward_validity,
+    detach_variable,
+)
+from wrappers.engine.region import (
+    noop_context_fn,
+    set_checkpoint_debug_enabled,
+    set_checkpoint_early_stop,
+)
+from wrappers.engine.selective import create_selective_checkpoint_contexts
+from wrappers.errors import (
+    CheckpointError,
+    InputChangedError,
+    RecomputeMismatchError,
+    WrapperError,
+)
+from wrappers.policy import (
+    SAC_IGNORED_OPS,
+    CheckpointImpl,
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+)
+
+__all__ = [
+    "SAC_IGNORED_OPS",
+    "AmbientHandle",
+    "CheckpointError",
+    "CheckpointFunction",
+    "CheckpointImpl",
+    "CheckpointPolicy",
+    "DefaultDeviceType",
+    "GraphExecGroup",
+    "InputChangedError",
+    "RecomputeMismatchError",
+    "SelectiveCheckpointContext",
+    "WrapperError",
+    "check_backward_validity",
+    "checkpoint",
+    "checkpoint_sequential",
+    "create_selective_checkpoint_contexts",
+    "detach_variable",
+    "get_device_states",
+    "is_recomputing",
+    "noop_context_fn",
+    "register_ambient",
+    "set_checkpoint_debug_enabled",
+    "set_checkpoint_early_stop",
+    "set_device_states",
+]

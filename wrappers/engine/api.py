@@ -1,0 +1,226 @@
+"""The functions that users call: drop-ins for ``torch.utils.checkpoint``, and the entry for
+everything that wraps modules (:func:`run_region`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from wrappers import _torch
+from wrappers.engine.frame import Function
+from wrappers.engine.reentrant import run_reentrant
+from wrappers.engine.region import ContextFn, Region, habits_of, noop_context_fn
+from wrappers.engine.rerun import run_no_reentrant
+from wrappers.engine.selective import for_compiler
+from wrappers.policy import CheckpointImpl
+
+_RUN = {
+    CheckpointImpl.REENTRANT: run_reentrant,
+    CheckpointImpl.NO_REENTRANT: run_no_reentrant,
+}
+
+
+def run_region(
+    region: Region,
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owner: nn.Module | None = None,
+) -> Any:
+    """Run ``function(*args, **kwargs)`` as a region; without grad mode just run it.
+
+    Args:
+        region: Settings, made once and used for every call.
+        function: What the region runs.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        owner: The module whose modes, buffers and parameters the function uses. Found out by
+            itself where the function is a module or a module's bound method.
+
+    Returns:
+        What the function returns.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    if _torch.is_functorch_active():
+        raise RuntimeError(
+            f"region `{region.fqn}`: activation checkpointing inside a torch.func transform (grad, "
+            "vjp, vmap, jvp, ...) is not possible, since the transform has its own saved tensors. "
+            "Put the region around the transform, or use torch.autograd.grad in place of it."
+        )
+    return _RUN[region.impl](region, function, args, kwargs, owner)
+
+
+def run_compiled(
+    region: Region, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Hand a region to ``torch.utils.checkpoint``, which torch.compile knows and traces.
+
+    The compiler recomputes by itself: it ignores the determinism check and ``debug``, and
+    always preserves random states.
+    """
+    options: dict[str, Any] = {}
+    if region.context_fn is not noop_context_fn:
+        options["context_fn"] = for_compiler(region.context_fn)
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, **options, **kwargs
+    )
+
+
+def checkpoint(
+    function: Function,
+    *args: Any,
+    use_reentrant: bool | None = None,
+    impl: CheckpointImpl | None = None,
+    context_fn: ContextFn = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Run a function as a region: drop its activations, recompute them in backward.
+
+    Takes what ``torch.utils.checkpoint.checkpoint`` takes. Differences: without
+    ``use_reentrant`` and ``impl`` it uses NO_REENTRANT and does not warn; REENTRANT takes
+    keyword arguments and tensors in containers, and gives parameters their gradients also
+    where no input requires grad.
+
+    Args:
+        function: What to run. If it is a module or a bound method of one, the recompute also
+            finds the module's modes, buffers and parameters as the forward found them.
+        *args: Its positional arguments. Tensors may sit in tuples, lists, dicts, dataclasses.
+        use_reentrant: True is ``impl=CheckpointImpl.REENTRANT``, False NO_REENTRANT.
+        impl: How to recompute; see :class:`CheckpointImpl`.
+        context_fn: Returns two context managers, around forward and around the recompute; see
+            :func:`create_selective_checkpoint_contexts`.
+        determinism_check: ``"default"`` compares shape, dtype, device and version of each
+            recomputed tensor with the forward's, ``"values"`` also a sample of its elements,
+            ``"none"`` nothing.
+        debug: Record the operators of both runs; an error shows the first that differs.
+        early_stop: End the recompute with the last saved tensor that is needed. Overridden by
+            :func:`set_checkpoint_early_stop`.
+        preserve_rng_state: Let random operators give the same numbers in the recompute, on
+            every device in use.
+        **kwargs: Keyword arguments of the function.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError: ``function`` cannot be called.
+        ValueError: An option is unknown, or two contradict each other.
+        CheckpointError: In backward: the recompute differs from the forward, or an input or
+            parameter was changed in place.
+    """
+    if not callable(function):
+        raise TypeError(f"checkpoint needs a callable, got {type(function).__name__}")
+    region = Region(
+        impl=choose_impl(use_reentrant, impl),
+        preserve_rng_state=preserve_rng_state,
+        context_fn=context_fn,
+        determinism_check=determinism_check,
+        debug=debug,
+        early_stop=early_stop,
+        fqn=getattr(function, "__qualname__", type(function).__name__),
+        habits=habits_of(function),
+    )
+    if torch.compiler.is_compiling():
+        return run_compiled(region, function, args, kwargs)
+    return run_region(region, function, args, kwargs)
+
+
+def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> CheckpointImpl:
+    """Combine torch's option and ours.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    if use_reentrant is None:
+        return CheckpointImpl.NO_REENTRANT if impl is None else CheckpointImpl(impl)
+    meant = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
+    if impl is not None and CheckpointImpl(impl) is not meant:
+        raise ValueError(
+            f"use_reentrant={use_reentrant} means {meant.name}, but impl={impl.name} was given "
+            "too. Give one of the two."
+        )
+    return meant
+
+
+def checkpoint_sequential(
+    functions: nn.Sequential | list[Callable[[Any], Any]],
+    segments: int,
+    input: Any,
+    use_reentrant: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Run functions one after another, in segments that are regions.
+
+    The last segment is not one: its backward comes first.
+
+    Args:
+        functions: A ``Sequential``, or functions of one argument.
+        segments: How many segments to make.
+        input: What the first function gets.
+        use_reentrant: As for :func:`checkpoint`.
+        **options: Other options of :func:`checkpoint`; no arguments for the functions.
+
+    Returns:
+        What the last function returns.
+
+    Raises:
+        ValueError: Fewer functions than segments, no segment, or an unknown option.
+    """
+    known = ("impl", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state")
+    if unknown := options.keys() - set(known):
+        raise ValueError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
+    steps = list(functions)
+    if not 1 <= segments <= len(steps):
+        raise ValueError(f"segments must be between 1 and {len(steps)}, got {segments}")
+    size = len(steps) // segments
+    for start in range(0, size * (segments - 1), size):
+        run = _chain(steps[start : start + size])
+        input = checkpoint(run, input, use_reentrant=use_reentrant, **options)
+    return _chain(steps[size * (segments - 1) :])(input)
+
+
+def _chain(steps: list[Any]) -> Function:
+    """One function that calls several; a module if they are, so that it has their state."""
+    if all(isinstance(step, nn.Module) for step in steps):
+        return nn.Sequential(*steps)
+    return functools.partial(functools.reduce, lambda value, step: step(value), steps)
+
+
+class GraphExecGroup:
+    """Backward calls in this context recompute each region at most once, all together.
+
+    For a loss that is differentiated in parts. The calls must not need the same saved tensor:
+    they run over parts of the graph that do not overlap, also with ``retain_graph=True``.
+    Affects NO_REENTRANT regions. torch's own class of this name works too.
+
+    Raises:
+        RuntimeError: On entering a group inside another one.
+    """
+
+    def __enter__(self) -> GraphExecGroup:
+        active = _torch.get_graph_exec_group()
+        if active is not None:
+            raise RuntimeError(
+                f"GraphExecGroup contexts cannot be nested; {active} is active. Leave it first."
+            )
+        _torch.set_graph_exec_group(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _torch.set_graph_exec_group(None)

@@ -1,0 +1,189 @@
+"""One forward execution of a region: its function, inputs and surroundings.
+
+A frame knows how to run the function again as forward found the world, and nothing about
+saved tensors: how these are hidden and found again is what the implementations add.
+
+A frame is owned by the autograd graph of its region (through the hooks or the node that the
+implementation put there) and refers to nothing that refers to that graph, so it dies with
+the graph: with backward, or with an output that nobody used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrappers import _device, _torch, _tree
+from wrappers.engine.ambient import Ambient, Undo, leave
+from wrappers.engine.module_state import ModuleState
+from wrappers.engine.region import Region
+from wrappers.errors import CheckpointError, InputChangedError
+
+Function = Callable[..., Any]
+
+
+class _Recomputing(threading.local):
+    depth = 0
+
+
+_recomputing = _Recomputing()
+
+
+def is_recomputing() -> bool:
+    """Whether the calling code runs because of a recompute, not in the forward.
+
+    Code with side effects of its own (counters, logs, metrics) can ask and stay silent the
+    second time. True in the thread that recomputes, and only there.
+    """
+    return _recomputing.depth > 0
+
+
+def _owner(function: Function) -> nn.Module | None:
+    """The module whose state a call of ``function`` uses: itself, or a bound method's."""
+    if isinstance(function, nn.Module):
+        return function
+    bound_to = getattr(function, "__self__", None)
+    return bound_to if isinstance(bound_to, nn.Module) else None
+
+
+class Frame:
+    """One forward execution of a region.
+
+    Args:
+        region: The region's settings.
+        function: What the region runs.
+        args: Positional arguments of this execution.
+        kwargs: Keyword arguments of this execution.
+        owner: The module whose state the function uses; found out if not given.
+
+    Attributes:
+        tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_probing",
+        "_rebuild",
+        "ambient",
+        "function",
+        "module_state",
+        "region",
+        "tensors",
+    )
+
+    def __init__(
+        self,
+        region: Region,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.region = region
+        self.function = function
+        self.tensors, self._rebuild = _tree.flatten((args, kwargs))
+        owner = owner or _owner(function)
+        self.module_state = None if owner is None else ModuleState(owner)
+        self._probing = region.habits.should_probe(None if owner is None else owner.training)
+        devices = _device.rng_devices(self.tensors)
+        self.ambient = Ambient(
+            rng=region.preserve_rng_state or self._probing,
+            devices=devices,
+            python_random=region.preserve_rng_state
+            and (self._probing or region.habits.uses_python_random),
+        )
+
+    @property
+    def fqn(self) -> str:
+        """Name of the region."""
+        return self.region.fqn
+
+    def take_tensors(self) -> list[Tensor]:
+        """Hand over the flat input tensors: from now on autograd keeps them, not the frame."""
+        tensors, self.tensors = self.tensors, []
+        return tensors
+
+    def finish_forward(self) -> None:
+        """Note what the forward has changed; to be called when the function has returned."""
+        if self.module_state is not None:
+            self.module_state.finish()
+        if self._probing:
+            self._finish_probe()
+
+    def _finish_probe(self) -> None:
+        """Keep the random states only if the region drew from them or wants them kept."""
+        region, ambient = self.region, self.ambient
+        if not region.preserve_rng_state:
+            if not ambient.is_rng_unchanged():
+                region.habits.warn_random(region.fqn)
+            ambient.cpu_rng, ambient.device_rng = None, []
+        elif not region.habits.uses_python_random:
+            if random.getstate() == ambient.python_random:
+                ambient.python_random = None
+            else:
+                region.habits.uses_python_random = True
+
+    def rerun(self, tensors: list[Tensor], *, set_gradients_aside: bool = False) -> Any:
+        """Call the function again, on these tensors, as forward found the world.
+
+        Grad mode is on in the call. Whatever was changed for the call is put back, also when
+        the function raises.
+
+        Args:
+            tensors: The input tensors, in the order of :meth:`take_tensors`.
+            set_gradients_aside: Whether ``.grad`` of the parameters is put back afterwards.
+
+        Returns:
+            What the function returned.
+        """
+        undo: Undo = [_enable_grad if torch.is_grad_enabled() else _disable_grad]
+        _torch.set_grad_enabled(True)
+        _recomputing.depth += 1
+        try:
+            self.ambient.enter(undo)
+            if self.module_state is not None:
+                self.module_state.enter(undo, self.fqn)
+                if set_gradients_aside:
+                    self.module_state.set_gradients_aside(undo)
+            args, kwargs = self._rebuild(tensors)
+            return self.function(*args, **kwargs)
+        finally:
+            _recomputing.depth -= 1
+            leave(undo)
+
+    def explain_changed_input(self, index: int, cause: RuntimeError) -> RuntimeError:
+        """Turn autograd's complaint about an input's version into an error that names it."""
+        if isinstance(cause, CheckpointError) or "inplace" not in str(cause):
+            return cause
+        name = self.name_of_input(index)
+        return InputChangedError(
+            f"region `{self.fqn}`: {name} was changed in place after the forward had read it, so "
+            "the recompute would start from other values. Pass a copy, or make the change out of "
+            f"place. Autograd says: {cause}",
+            fqn=self.fqn,
+            tensor=name,
+        )
+
+    def name_of_input(self, index: int) -> str:
+        """Name an input tensor by its flat position: ``argument 0``, ``argument `mask```."""
+        args, kwargs = self._rebuild(itertools.repeat(torch.empty(0)))
+        for name, value in (*enumerate(args), *kwargs.items()):
+            count = len(_tree.flatten(value)[0])
+            if index < count:
+                return f"argument {name}" if isinstance(name, int) else f"argument `{name}`"
+            index -= count
+        return "an argument"
+
+
+def _enable_grad() -> None:
+    _torch.set_grad_enabled(True)
+
+
+def _disable_grad() -> None:
+    _torch.set_grad_enabled(False)

@@ -1,0 +1,228 @@
+"""REENTRANT: no graph in forward; backward reruns the function and runs backward through it.
+
+The whole region is one graph node. Its forward runs without grad mode; its saved tensors are
+the region's inputs. Its backward calls the function on detached inputs with grad mode on,
+runs autograd from the outputs' gradients down to these inputs and to the parameters, and
+returns the inputs' gradients. Tensors nested in containers take part like positional ones.
+
+A node exists only if one of its inputs requires grad. Where none does, the region's
+parameters would silently get no gradient, so such a call runs as NO_REENTRANT instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrappers import _torch, _tree
+from wrappers.engine.ambient import Undo, leave
+from wrappers.engine.frame import Frame, Function
+from wrappers.engine.region import Region
+from wrappers.engine.rerun import run_no_reentrant
+from wrappers.errors import CheckpointError
+from wrappers.policy import CheckpointImpl
+
+
+def check_backward_validity(inputs: Iterable[Any]) -> None:
+    """Warn if none of the tensors among ``inputs`` requires grad."""
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        warnings.warn(
+            "None of the inputs have requires_grad=True. Gradients will be None", stacklevel=2
+        )
+
+
+def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Detach the tensors of a tuple, keeping ``requires_grad``; pass on everything else.
+
+    Args:
+        inputs: A tuple of any values.
+
+    Returns:
+        A tuple of the same length.
+
+    Raises:
+        TypeError: ``inputs`` is not a tuple.
+    """
+    if not isinstance(inputs, tuple):
+        raise TypeError(f"detach_variable needs a tuple, got {type(inputs).__name__}")
+    return tuple(
+        value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for value in inputs
+    )
+
+
+class _ReentrantFrame(Frame):
+    """One forward execution that is a single graph node."""
+
+    __slots__ = ("build_output",)
+
+    build_output: Any
+
+    def run_forward(self, ctx: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function without a graph, in the node's forward; the node keeps the inputs."""
+        ctx.frame = self
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*self.take_tensors())
+        out = self.function(*args, **kwargs)
+        self.finish_forward()
+        return out
+
+    def run_backward(self, ctx: Any, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Rerun the function and run backward through it.
+
+        Args:
+            ctx: The node's context.
+            grads: Gradient of each tensor among the outputs, flat; None where there is none.
+
+        Returns:
+            The gradient of each tensor among the inputs, flat.
+        """
+        self._refuse_unsupported_backward()
+        inputs = list(detach_variable(self._saved_tensors(ctx)))
+        undo: Undo = []
+        if _torch.has_saved_tensors_hooks():  # Rule 3: as if no region were active.
+            _torch.push_saved_tensors_hooks(_identity, _identity)
+            undo.append(_torch.pop_saved_tensors_hooks)
+        try:
+            outputs, _ = _tree.flatten(self.rerun(inputs))
+            self._backward(outputs, grads)
+        finally:
+            leave(undo)
+        return [tensor.grad for tensor in inputs]
+
+    def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
+        try:
+            return ctx.saved_tensors  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise self.explain_changed_input(_first_changed(ctx), error) from error
+
+    def _backward(self, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
+        if len(outputs) != len(grads):
+            raise CheckpointError(
+                f"region `{self.fqn}`: the forward returned {len(grads)} tensors, the recompute "
+                f"{len(outputs)}. The forward must repeat exactly.",
+                fqn=self.fqn,
+            )
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if output.requires_grad and grad is not None
+        ]
+        if not pairs:
+            raise CheckpointError(
+                f"region `{self.fqn}`: none of the outputs that backward came from requires grad, "
+                "so this region has no gradient to compute. Do not checkpoint it, do not detach "
+                "its outputs inside, or use CheckpointImpl.NO_REENTRANT.",
+                fqn=self.fqn,
+            )
+        roots, root_grads = zip(*pairs, strict=True)
+        torch.autograd.backward(roots, root_grads)
+
+    def _refuse_unsupported_backward(self) -> None:
+        if not _torch.is_reentrant_backward_allowed():
+            what = ".grad() and .backward(inputs=...) are"
+        elif torch.is_grad_enabled():
+            what = "create_graph=True is"
+        else:
+            return
+        raise CheckpointError(
+            f"region `{self.fqn}`: {what} not possible through a REENTRANT region, whose backward "
+            "runs a backward of its own. Use CheckpointImpl.NO_REENTRANT (use_reentrant=False).",
+            fqn=self.fqn,
+        )
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _first_changed(ctx: Any) -> int:
+    """Position of the first saved tensor that cannot be unpacked."""
+    for index, saved in enumerate(_torch.raw_saved_tensors(ctx)):
+        try:
+            saved.unpack()
+        except RuntimeError:
+            return index
+    return 0
+
+
+class _Reentrant(torch.autograd.Function):
+    """The graph node of a region: flat tensors in and out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        frame: _ReentrantFrame,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outputs, frame.build_output = _tree.flatten(frame.run_forward(ctx, args, kwargs))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, None, None, *ctx.frame.run_backward(ctx, list(grads)))
+
+
+def run_reentrant(
+    region: Region,
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owner: nn.Module | None = None,
+) -> Any:
+    """Run a region as one graph node."""
+    frame = _ReentrantFrame(region, function, args, kwargs, owner)
+    if not any(tensor.requires_grad for tensor in frame.tensors):
+        return run_no_reentrant(region, function, args, kwargs, owner)
+    outputs = _Reentrant.apply(frame, args, kwargs, *frame.tensors)
+    # The frame must not keep what the outputs' structure holds.
+    build_output, frame.build_output = frame.build_output, None
+    return build_output(outputs)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """The REENTRANT node with the signature of torch's class of this name.
+
+    ``CheckpointFunction.apply(run_function, preserve_rng_state, *args)``; :func:`checkpoint`
+    does more (keyword arguments, nested tensors) and should be preferred.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run_function: Function, preserve_rng_state: bool, *args: Any) -> Any:
+        """Run the function on ``args`` without a graph."""
+        check_backward_validity(args)
+        region = Region(
+            impl=CheckpointImpl.REENTRANT,
+            preserve_rng_state=preserve_rng_state,
+            fqn=getattr(run_function, "__qualname__", type(run_function).__name__),
+        )
+        frame = _ReentrantFrame(region, run_function, args, {})
+        ctx.inputs = _num_tensors(args)
+        out = frame.run_forward(ctx, args, {})
+        ctx.outputs = _num_tensors(out if isinstance(out, tuple) else (out,))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Rerun the function and run backward through it."""
+        flat: list[Tensor | None] = []
+        for num, grad in zip(ctx.outputs, grads, strict=True):
+            flat += [grad] if num is None else [None] * num
+        found = iter(ctx.frame.run_backward(ctx, flat))
+        results = []
+        for num in ctx.inputs:
+            results.append(next(found) if num is None else None)
+            for _ in range(num or 0):
+                next(found)
+        return (None, None, *results)
+
+
+def _num_tensors(values: tuple[Any, ...]) -> list[int | None]:
+    """None for a tensor, which takes part in autograd; else how many tensors hide inside."""
+    return [None if isinstance(v, Tensor) else len(_tree.flatten(v)[0]) for v in values]

@@ -1,0 +1,333 @@
+"""NO_REENTRANT: saved-tensor hooks; rerun until the last needed slot is filled.
+
+    forward                                   backward
+    -------                                   --------
+    save the inputs  [1]                      unpack hook: slot is empty  [3]
+    function runs under the hook pair           -> inputs from autograd
+      pack hook: tensor -> slot  [2]            -> function runs under the fill hook
+    graph keeps slots, not tensors                 fill hook: tensor -> slot  [4]
+                                                   last needed slot: stop  [5]
+                                              unpack hook: take the tensor out  [6]
+
+[1] Under the hooks of the enclosing region, if there is one: it hides them (rule 2).
+[2] The frame keeps only a weak reference to a slot and a description of the tensor, so a
+    slot dies with the part of the graph that saved it.
+[3] Also from a backward inside the region while its forward still runs (rule 6).
+[4] Tensors are stored without their graph. The graph that the rerun builds is never used,
+    unless the function runs a backward itself; then the fill hook's own result serves it.
+[5] By an exception through the function's frames (rule 5). It is made anew each time: one
+    shared instance would collect tracebacks and get slower with every raise.
+[6] The slot is empty again, also with ``retain_graph=True`` (rule 4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from wrappers import _torch
+from wrappers.engine import verify
+from wrappers.engine.frame import Frame, Function
+from wrappers.engine.region import Region, noop_context_fn
+from wrappers.errors import CheckpointError, InputChangedError, RecomputeMismatchError
+
+
+class _Slot:
+    """The place of one saved tensor. ``value`` exists only between fill and unpack."""
+
+    __slots__ = ("__weakref__", "value")
+
+    value: Tensor
+
+
+class _StopRecompute(BaseException):
+    """Ends a rerun early. Not an Exception, so that user code does not catch it by accident."""
+
+    def __init__(self, frame: RerunFrame) -> None:
+        self.frame = frame
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+class RerunFrame(Frame):
+    """One forward execution whose saved tensors are recomputed by calling the function again."""
+
+    __slots__ = (
+        "_describe",
+        "_early_stop",
+        "_group",
+        "_inputs",
+        "_is_forward_over",
+        "_recompute_context",
+        "_trace",
+        "_uses_backward",
+        "described",
+        "slots",
+    )
+
+    def __init__(
+        self,
+        region: Region,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        owner: nn.Module | None,
+    ) -> None:
+        super().__init__(region, function, args, kwargs, owner)
+        self._inputs = [_torch.make_saved_tensor(tensor) for tensor in self.take_tensors()]
+        self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
+        self._early_stop = region.is_early_stop
+        self._trace = verify.DebugTrace() if region.is_debug else None
+        self._recompute_context: contextlib.AbstractContextManager[Any] | None = None
+        self._is_forward_over = False
+        self._uses_backward = False
+        self._group: weakref.ref[Any] | None = None
+        self.slots: list[weakref.ref[_Slot]] = []
+        self.described: list[verify.Description] = []
+
+    # --- Forward
+
+    def run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function so that the graph keeps slots where it would keep tensors."""
+        context_fn = self.region.context_fn
+        if context_fn is noop_context_fn and self._trace is None:
+            _torch.push_saved_tensors_hooks(self._pack, self._unpack)
+            try:
+                out = self.function(*args, **kwargs)
+            finally:
+                _torch.pop_saved_tensors_hooks()
+        else:
+            out = self._run_forward_in_context(args, kwargs)
+        self._is_forward_over = True
+        self.finish_forward()
+        return out
+
+    def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        context, self._recompute_context = self.region.context_fn()
+        is_returned = False
+        _torch.push_saved_tensors_hooks(self._pack, self._unpack)
+        try:
+            # The trace is the inner one: it sees what a policy's mode takes from its cache too.
+            with context, self._trace.forward if self._trace else contextlib.nullcontext():
+                out = self.function(*args, **kwargs)
+                is_returned = True
+        finally:
+            _torch.pop_saved_tensors_hooks()
+        if not is_returned:
+            raise CheckpointError(
+                f"region `{self.fqn}`: the forward context of context_fn suppressed an exception "
+                "of the region, which so has no output. Let the context pass exceptions on.",
+                fqn=self.fqn,
+            )
+        return out
+
+    def _pack(self, tensor: Tensor) -> _Slot:
+        slot = _Slot()
+        self.slots.append(weakref.ref(slot))
+        if self._describe is not None:
+            self.described.append(self._describe(tensor))
+        return slot
+
+    # --- Backward
+
+    def _unpack(self, slot: _Slot) -> Tensor:
+        try:
+            value = slot.value
+        except AttributeError:
+            self._recompute()
+            value = slot.value
+        del slot.value
+        return value
+
+    def _last_needed(self) -> int:
+        """Position of the last slot that is alive and empty."""
+        slots = self.slots
+        for index in range(len(slots) - 1, -1, -1):
+            slot = slots[index]()
+            if slot is not None and not hasattr(slot, "value"):
+                return index
+        raise AssertionError("a recompute was asked for although no slot is empty")
+
+    def _recompute(self) -> None:
+        """Fill every slot that is alive and empty."""
+        self._enter_group()
+        if not self._is_forward_over:
+            self._uses_backward = True
+        last = self._last_needed()
+        fill = _Fill(self, last)
+        try:
+            self._rerun_into(fill)
+        except _StopRecompute as stop:
+            if stop.frame is not self:
+                raise
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # The region's own exception goes to the user; a difference seen before it explains it.
+            if fill.mismatches and hasattr(error, "add_note"):
+                error.add_note(str(self._mismatch_error(fill)))
+            raise
+        if fill.mismatches or fill.count <= last or self._has_other_count(fill):
+            raise self._mismatch_error(fill)
+
+    def _rerun_into(self, fill: _Fill) -> None:
+        tensors = []
+        for index, saved in enumerate(self._inputs):
+            try:
+                tensors.append(saved.unpack())
+            except RuntimeError as error:
+                raise self.explain_changed_input(index, error) from error
+        _torch.push_saved_tensors_hooks(fill.pack, _identity)
+        try:
+            if self._recompute_context is None:
+                self.rerun(tensors, set_gradients_aside=self._uses_backward)
+            else:
+                trace = self._trace.start_recompute() if self._trace else contextlib.nullcontext()
+                with self._recompute_context, trace:
+                    self.rerun(tensors, set_gradients_aside=self._uses_backward)
+        finally:
+            _torch.pop_saved_tensors_hooks()
+
+    def _enter_group(self) -> None:
+        group = _torch.get_graph_exec_group()
+        if group is None:
+            return
+        if self._group is not None and self._group() is group:
+            raise CheckpointError(
+                f"region `{self.fqn}`: two backward calls under one GraphExecGroup need the same "
+                "saved tensor. Calls in a group must run over parts of the graph that do not "
+                "overlap; run these outside of the group.",
+                fqn=self.fqn,
+            )
+        self._group = weakref.ref(group)
+
+    # --- Errors
+
+    def _has_other_count(self, fill: _Fill) -> bool:
+        """Whether a rerun that went to its end saved more or fewer tensors than the forward."""
+        return not self._early_stop and self._is_forward_over and fill.count != len(self.slots)
+
+    def _mismatch_error(self, fill: _Fill) -> CheckpointError:
+        if not fill.mismatches:
+            return self._count_error(fill)
+        first = fill.mismatches[0]
+        if verify.is_only_version(first.expected, first.got):
+            return self._changed_error(first)
+        num = len(self.slots)
+        expected, got = verify.to_text(first.expected), verify.to_text(first.got)
+        if expected == got:
+            got = "other values"
+        text = (
+            f"region `{self.fqn}`, saved tensor {first.slot + 1} of {num}: forward {expected}, "
+            f"recomputed {got}."
+        )
+        if first.site.location:
+            text += (
+                f" First operator that differs: {first.site.expression} ({first.site.location})."
+            )
+        text += (
+            " The forward must repeat exactly: check autocast, globals and randomness that the "
+            "region reads, or use wrappers.register_ambient for such state."
+        )
+        return RecomputeMismatchError(
+            text + self._trace_text(),
+            fqn=self.fqn,
+            slot=first.slot,
+            num_slots=num,
+            num_recomputed=fill.count,
+            expected=expected,
+            got=got,
+            operator=first.site.expression,
+            location=first.site.location,
+        )
+
+    def _count_error(self, fill: _Fill) -> CheckpointError:
+        num = len(self.slots)
+        return RecomputeMismatchError(
+            f"region `{self.fqn}`: the forward saved {num} tensors, the recompute {fill.count}. "
+            "The region took another way through its code: check what its branches and loops "
+            "depend on." + self._trace_text(),
+            fqn=self.fqn,
+            num_slots=num,
+            num_recomputed=fill.count,
+            expected=f"{num} saved tensors",
+            got=f"{fill.count} saved tensors",
+        )
+
+    def _changed_error(self, mismatch: verify.Mismatch) -> CheckpointError:
+        state = self.module_state
+        name = (state.name_of(mismatch.tensor) if state else "") or (
+            f"the {verify.to_text(mismatch.got)} tensor that {mismatch.site.expression} reads "
+            f"({mismatch.site.location})"
+        )
+        return InputChangedError(
+            f"region `{self.fqn}`, saved tensor {mismatch.slot + 1} of {len(self.slots)}: {name} "
+            "was changed in place between forward and backward, so a recompute would use other "
+            "values than the forward did. Run backward before the update, or make it out of "
+            "place.",
+            fqn=self.fqn,
+            tensor=name,
+        )
+
+    def _trace_text(self) -> str:
+        if self._trace is None:
+            return " Pass debug=True to compare the operators of both runs."
+        return "\n" + self._trace.report()
+
+
+class _Fill:
+    """Collects the tensors that one rerun saves."""
+
+    __slots__ = ("_described", "_early_stop", "_frame", "_last", "_slots", "count", "mismatches")
+
+    def __init__(self, frame: RerunFrame, last: int) -> None:
+        self._frame = frame
+        self._slots = frame.slots
+        self._described = frame.described
+        self._early_stop = frame._early_stop
+        self._last = last
+        self.count = 0
+        self.mismatches: list[verify.Mismatch] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        index = self.count
+        self.count = index + 1
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if index < len(self._slots):
+            slot = self._slots[index]()
+            if slot is not None and not hasattr(slot, "value"):
+                if self._described:
+                    self._check(index, tensor)
+                slot.value = tensor
+        if index >= self._last and self._early_stop:
+            raise _StopRecompute(self._frame)
+        return tensor
+
+    def _check(self, index: int, tensor: Tensor) -> None:
+        frame = self._frame
+        expected = self._described[index]
+        got = frame._describe(tensor)  # type: ignore[misc]
+        if got == expected:
+            return
+        if verify.is_only_version(expected, got):
+            state = frame.module_state
+            if state is not None and state.is_restored(tensor):
+                return
+        self.mismatches.append(verify.Mismatch(index, expected, got, tensor, verify.current_site()))
+
+
+def run_no_reentrant(
+    region: Region,
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owner: nn.Module | None = None,
+) -> Any:
+    """Run a region whose saved tensors come back by a rerun."""
+    return RerunFrame(region, function, args, kwargs, owner).run_forward(args, kwargs)

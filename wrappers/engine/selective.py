@@ -1,0 +1,227 @@
+"""The context_fn pair: two dispatch modes that keep some operators' outputs.
+
+``context_fn=partial(create_selective_checkpoint_contexts, policy)`` asks the policy about
+every operator of the forward, keeps the outputs that it wants saved, and in the rerun hands
+them out again instead of computing them. Outputs are found by operator and by how many times
+this operator has run, as the rerun issues the same operators in the same order.
+
+Costs a dispatch mode around every operator of both runs. Kept outputs are used up by a
+backward, so a second one through the same region needs another forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from wrappers import _device, _torch, _tree
+from wrappers.engine.region import ContextFn
+from wrappers.policy import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    policy_from_bool,
+)
+
+PolicyFn = Callable[..., Any]
+
+_SAVE = frozenset({CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE})
+_OFFLOAD = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
+
+#: Stands for an output that the rerun computes itself.
+_RECOMPUTE = object()
+#: Stands for an output that has been handed out.
+_CONSUMED = object()
+
+_Outputs = dict[Any, list[Any]]
+
+
+class _Kept:
+    """An operator's output, kept, with the versions that its tensors had."""
+
+    __slots__ = ("_build", "_devices", "_tensors", "_versions")
+
+    def __init__(self, out: Any, *, offload: bool) -> None:
+        tensors, self._build = _tree.flatten(out)
+        # Detached: a view must not look like one, and the graph must not keep itself alive.
+        self._tensors = [_torch.detach_shallow(tensor) for tensor in tensors]
+        self._versions = [tensor._version for tensor in tensors]
+        self._devices: list[torch.device] | None = None
+        if offload:
+            self._devices = [tensor.device for tensor in tensors]
+            self._tensors = [t if _device.is_host(t) else t.to("cpu") for t in self._tensors]
+
+    def take(self, func: Any, allow_mutation: bool) -> Any:
+        tensors = self._tensors
+        if self._devices is not None:
+            tensors = [t.to(d) for t, d in zip(tensors, self._devices, strict=True)]
+        elif not allow_mutation:
+            for tensor, version in zip(tensors, self._versions, strict=True):
+                if tensor._version != version:
+                    raise RuntimeError(
+                        f"the output of {func} that the policy keeps was changed in place after "
+                        "it was kept. Let the policy recompute this operator, or pass "
+                        "allow_cache_entry_mutation=True if the change is meant to be seen."
+                    )
+        return self._build(tensors)
+
+
+class _KeepMode(_torch.TorchDispatchMode):
+    """Around the forward: asks the policy and keeps outputs."""
+
+    def __init__(self, policy: PolicyFn, outputs: _Outputs) -> None:
+        super().__init__()
+        self._policy = policy
+        self._outputs = outputs
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in SAC_IGNORED_OPS:
+            return out
+        context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+        policy = self._policy(context, func, *args, **kwargs)
+        if isinstance(policy, bool):
+            policy = policy_from_bool(policy)
+        entry = _RECOMPUTE
+        if policy in _SAVE:
+            entry = _Kept(out, offload=False)
+        elif policy in _OFFLOAD:
+            entry = _Kept(out, offload=True)
+        elif not isinstance(policy, CheckpointPolicy):
+            raise TypeError(
+                f"the policy function must return a CheckpointPolicy or a bool; for {func} it "
+                f"returned {policy!r}"
+            )
+        outputs = self._outputs.get(func)
+        if outputs is None:
+            outputs = self._outputs[func] = []
+        outputs.append(entry)
+        return out
+
+
+class _ReuseMode(_torch.TorchDispatchMode):
+    """Around the recompute: hands out what was kept."""
+
+    def __init__(self, outputs: _Outputs, allow_mutation: bool) -> None:
+        super().__init__()
+        self._outputs = outputs
+        self._allow_mutation = allow_mutation
+        self._counts: dict[Any, int] = {}
+
+    def __enter__(self) -> _ReuseMode:
+        self._counts.clear()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in SAC_IGNORED_OPS:
+            return func(*args, **(kwargs or {}))
+        index = self._counts.get(func, 0)
+        self._counts[func] = index + 1
+        outputs = self._outputs.get(func, ())
+        if index >= len(outputs):
+            raise RuntimeError(
+                f"the recompute calls {func} {index + 1} times, the forward called it "
+                f"{len(outputs)} times. The region's operators depend on something that changed "
+                "between forward and backward."
+            )
+        entry = outputs[index]
+        if entry is _RECOMPUTE:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if entry is _CONSUMED:
+            raise RuntimeError(
+                "trying to run backward a second time through a region with a selective policy, "
+                "whose kept outputs the first backward has used up. Run one backward only, or "
+                "use this region without a policy."
+            )
+        outputs[index] = _CONSUMED
+        return entry.take(func, self._allow_mutation)
+
+
+def create_selective_checkpoint_contexts(
+    policy_fn_or_list: PolicyFn | list[Any], allow_cache_entry_mutation: bool = False
+) -> tuple[_KeepMode, _ReuseMode]:
+    """Make the two contexts that keep what a policy wants kept.
+
+    Pass it as ``checkpoint(..., context_fn=partial(create_selective_checkpoint_contexts,
+    policy))``.
+
+    Args:
+        policy_fn_or_list: Either a function ``policy(ctx, op, *args, **kwargs)`` that returns
+            a :class:`CheckpointPolicy` (or a bool: True saves, False recomputes), or a list
+            of operators to save, such as ``[torch.ops.aten.mm.default]``; a packet such as
+            ``torch.ops.aten.mm`` stands for all its overloads.
+        allow_cache_entry_mutation: Whether a kept output may be changed in place before it
+            is used. By default this raises RuntimeError in the recompute.
+
+    Returns:
+        The context for the forward and the one for the recompute. ``*_CPU_OFFLOAD`` moves
+        outputs that lie on an accelerator to host memory and back, synchronously.
+
+    Raises:
+        ValueError: The list has an entry that is not an operator.
+        TypeError: The argument is neither a list nor callable.
+    """
+    policy = policy_function(policy_fn_or_list)
+    outputs: _Outputs = {}
+    return _KeepMode(policy, outputs), _ReuseMode(outputs, allow_cache_entry_mutation)
+
+
+def policy_function(policy_fn_or_list: PolicyFn | list[Any]) -> PolicyFn:
+    """Turn a list of operators into a policy function; check and pass on a function."""
+    if isinstance(policy_fn_or_list, (list, tuple, set, frozenset)):
+        return functools.partial(_save_listed, frozenset(_operators(policy_fn_or_list)))
+    if not callable(policy_fn_or_list):
+        raise TypeError(
+            "a policy is a function policy(ctx, op, *args, **kwargs) or a list of operators, "
+            f"got {type(policy_fn_or_list).__name__}"
+        )
+    return policy_fn_or_list
+
+
+def _save_listed(
+    saved: frozenset[Any], ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _operators(listed: Iterable[Any]) -> Iterable[Any]:
+    for op in listed:
+        if isinstance(op, _torch.OpOverloadPacket):
+            yield from _torch.operator_overloads(op)
+        elif _torch.is_operator(op):
+            yield op
+        else:
+            raise ValueError(
+                f"a policy list holds operators such as torch.ops.aten.mm.default, got {op!r} of "
+                f"type {type(op).__name__}"
+            )
+
+
+def for_compiler(context_fn: ContextFn) -> ContextFn:
+    """The same policy in torch's own contexts, which the compiler knows.
+
+    Args:
+        context_fn: A context_fn made with :func:`create_selective_checkpoint_contexts` is
+            translated; any other is returned as it is.
+    """
+    if isinstance(context_fn, functools.partial) and (
+        context_fn.func is create_selective_checkpoint_contexts
+    ):
+        policy, *rest = context_fn.args or (context_fn.keywords["policy_fn_or_list"],)
+        rest_kwargs = {k: v for k, v in context_fn.keywords.items() if k != "policy_fn_or_list"}
+        return functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts,
+            policy_function(policy),
+            *rest,
+            **rest_kwargs,
+        )
+    return context_fn
