@@ -76,7 +76,7 @@ setup_install() {
         install_torch_cpu
     fi
     echo "set-up: installing the development packages"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    "$PYTHON" -m pip install -qq --disable-pip-version-check \
         --constraint "$constraints" --editable '.[dev]' || setup_fail "pip failed, see above"
     setup_state >"$SETUP_STAMP"
 }
@@ -87,7 +87,7 @@ install_torch_cpu() {
     local torch
     torch=$(grep '^torch==' constraints.txt)
     echo "set-up: installing $torch, CPU build"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 10 \
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --retries 0 --timeout 10 \
         --index-url "$TORCH_CPU_INDEX" "$torch+cpu" 2>/dev/null ||
         echo "set-up: no CPU build from $TORCH_CPU_INDEX, leaving the choice to pip"
 }

@@ -14,6 +14,7 @@ before the step and dies in it appears in neither, so a step should begin withou
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+# The profiler would announce every start and stop on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 Step = Callable[[], object]
 
@@ -73,7 +77,7 @@ def memory_timeline(step: Step, device: torch.device) -> MemoryTimeline:
     ]
     if not memory:
         return MemoryTimeline([], [])
-    memory.sort(key=lambda event: event[1]["Ev Idx"])
+    memory.sort(key=lambda event: event[0])  # the trace lists one thread after the other
     start_us, first = memory[0]
     start_bytes = first["Total Allocated"] - first["Bytes"]
     return MemoryTimeline(

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
-from scripts.measure import count_flops, memory_timeline, peak_activation_bytes
+from scripts.measure import MemoryTimeline, count_flops, memory_timeline, peak_activation_bytes
 from scripts.model import GPT, VOCAB_SIZE, Block, GPTConfig
 from wrappers import (
     CheckpointImpl,
@@ -258,11 +258,9 @@ def run(args: argparse.Namespace, device: torch.device) -> Result:
     """Train, then measure one more step for its memory and one for its FLOPs."""
     trainer = Trainer(args, device)
     loss, step_ms = train(trainer, args.steps)
-    timeline_us: list[float] = []
-    timeline_bytes: list[int] = []
+    timeline = MemoryTimeline([], [])
     if args.memory_trace:
         timeline = memory_timeline(trainer.step, device)
-        timeline_us, timeline_bytes = timeline.time_us, timeline.alive_bytes
     return Result(
         impl=args.impl,
         inplace=args.inplace,
@@ -273,10 +271,10 @@ def run(args: argparse.Namespace, device: torch.device) -> Result:
         torch=torch.__version__,
         loss=loss,
         step_ms=step_ms,
-        peak_activation_bytes=peak_activation_bytes(trainer.step, device),
+        peak_activation_bytes=timeline.peak_bytes or peak_activation_bytes(trainer.step, device),
         flops=count_flops(trainer.step),
-        timeline_us=timeline_us,
-        timeline_bytes=timeline_bytes,
+        timeline_us=timeline.time_us,
+        timeline_bytes=timeline.alive_bytes,
     )
 
 
