@@ -41,6 +41,21 @@ def flatten(value: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
     return tensors, lambda leaves: build(iter(leaves))
 
 
+def flatten_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
+    """Do :func:`flatten` for ``(args, kwargs)``; quickly where all are positional tensors."""
+    if not kwargs:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(tensors) == len(args):
+            return tensors, _build_positional
+    return flatten((args, kwargs))
+
+
+def _build_positional(leaves: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(leaves), {}
+
+
 def _take(value: Any, tensors: list[Tensor]) -> Build | None:
     """Append the tensors of ``value``; return how to build it again, None if it has none."""
     if isinstance(value, Tensor):

@@ -15,7 +15,7 @@ from torch import nn
 from wrappers import _torch
 from wrappers.engine.frame import Function
 from wrappers.engine.reentrant import run_reentrant
-from wrappers.engine.region import ContextFn, Region, habits_of, noop_context_fn
+from wrappers.engine.region import ContextFn, Region, noop_context_fn
 from wrappers.engine.rerun import run_no_reentrant
 from wrappers.engine.selective import for_compiler
 from wrappers.policy import CheckpointImpl
@@ -121,19 +121,63 @@ def checkpoint(
     """
     if not callable(function):
         raise TypeError(f"checkpoint needs a callable, got {type(function).__name__}")
-    region = Region(
-        impl=choose_impl(use_reentrant, impl),
-        preserve_rng_state=preserve_rng_state,
-        context_fn=context_fn,
-        determinism_check=determinism_check,
-        debug=debug,
-        early_stop=early_stop,
-        fqn=getattr(function, "__qualname__", type(function).__name__),
-        habits=habits_of(function),
+    region = _region_for(
+        function,
+        use_reentrant,
+        impl,
+        preserve_rng_state,
+        determinism_check,
+        debug,
+        early_stop,
     )
+    if context_fn is not noop_context_fn:
+        region = region.with_context_fn(context_fn)
     if torch.compiler.is_compiling():
         return run_compiled(region, function, args, kwargs)
     return run_region(region, function, args, kwargs)
+
+
+#: Regions of functions, by the identity of their code and by the options.
+_regions: dict[tuple[Any, ...], tuple[object, Region]] = {}
+
+#: More functions than that, and the regions are made anew.
+_MAX_REGIONS = 4096
+
+
+def _region_for(
+    function: Function, use_reentrant: bool | None, impl: CheckpointImpl | None, *options: Any
+) -> Region:
+    """The region of a function that is called with these options.
+
+    It is the same for all calls, so that what earlier calls have shown is remembered. A
+    closure is made anew for every call; what identifies it is its code.
+    """
+    code = _code_of(function)
+    # By id, as hashing a code object is slow; the entry keeps the object alive.
+    key = (id(code), use_reentrant, impl, *options)
+    entry = _regions.get(key)
+    if entry is None:
+        preserve_rng_state, determinism_check, debug, early_stop = options
+        region = Region(
+            impl=choose_impl(use_reentrant, impl),
+            preserve_rng_state=preserve_rng_state,
+            determinism_check=determinism_check,
+            debug=debug,
+            early_stop=early_stop,
+            fqn=getattr(function, "__qualname__", type(function).__name__),
+        )
+        if len(_regions) >= _MAX_REGIONS:
+            _regions.clear()
+        entry = _regions[key] = (code, region)
+    return entry[1]
+
+
+def _code_of(function: Any) -> object:
+    """The code that a call runs, as far as it can be told: a code object, or a class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
 
 
 def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> CheckpointImpl:

@@ -10,7 +10,6 @@ the graph: with backward, or with an output that nobody used.
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -52,6 +51,17 @@ def _owner(function: Function) -> nn.Module | None:
     return bound_to if isinstance(bound_to, nn.Module) else None
 
 
+class StopRerun(BaseException):
+    """Ends a rerun early. Not an Exception, so that user code does not catch it by accident.
+
+    Attributes:
+        frame: The frame whose rerun ends. Set after construction: C++ turns the arguments of
+            an exception that passes through it into text.
+    """
+
+    frame: Frame
+
+
 class Frame:
     """One forward execution of a region.
 
@@ -73,6 +83,7 @@ class Frame:
         "ambient",
         "function",
         "module_state",
+        "num_inputs",
         "region",
         "tensors",
     )
@@ -87,7 +98,8 @@ class Frame:
     ) -> None:
         self.region = region
         self.function = function
-        self.tensors, self._rebuild = _tree.flatten((args, kwargs))
+        self.tensors, self._rebuild = _tree.flatten_call(args, kwargs)
+        self.num_inputs = len(self.tensors)
         owner = owner or _owner(function)
         self.module_state = None if owner is None else ModuleState(owner)
         self._probing = region.habits.should_probe(None if owner is None else owner.training)
@@ -140,7 +152,7 @@ class Frame:
             set_gradients_aside: Whether ``.grad`` of the parameters is put back afterwards.
 
         Returns:
-            What the function returned.
+            What the function returned; None if a hook has ended the rerun early.
         """
         undo: Undo = [_enable_grad if torch.is_grad_enabled() else _disable_grad]
         _torch.set_grad_enabled(True)
@@ -153,6 +165,10 @@ class Frame:
                     self.module_state.set_gradients_aside(undo)
             args, kwargs = self._rebuild(tensors)
             return self.function(*args, **kwargs)
+        except StopRerun as stop:
+            if stop.frame is not self:
+                raise
+            return None
         finally:
             _recomputing.depth -= 1
             leave(undo)
@@ -172,7 +188,7 @@ class Frame:
 
     def name_of_input(self, index: int) -> str:
         """Name an input tensor by its flat position: ``argument 0``, ``argument `mask```."""
-        args, kwargs = self._rebuild(itertools.repeat(torch.empty(0)))
+        args, kwargs = self._rebuild([torch.empty(0)] * self.num_inputs)
         for name, value in (*enumerate(args), *kwargs.items()):
             count = len(_tree.flatten(value)[0])
             if index < count:

@@ -9,7 +9,6 @@ only regions that use it pay) and whether the user has been warned.
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,9 +22,6 @@ ContextFn = Callable[
 
 #: Every so many calls a region is looked at again for what it draws from Python's ``random``.
 _PROBE_EVERY_CALLS = 64
-
-#: Functions (not wrapped modules) whose habits are remembered.
-_MAX_REMEMBERED_FUNCTIONS = 4096
 
 
 def noop_context_fn() -> tuple[
@@ -77,27 +73,6 @@ class Habits:
         )
 
 
-_habits_of_code: dict[int, tuple[object, Habits]] = {}
-
-
-def habits_of(function: Callable[..., Any]) -> Habits:
-    """The habits of a function that is checkpointed without a Region of its own.
-
-    Closures are made anew at every call, so what identifies them is their code.
-    """
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", type(function))
-    # Keyed by id, as hashing a code object is slow; the entry keeps the code alive.
-    entry = _habits_of_code.get(id(code))
-    if entry is None:
-        if len(_habits_of_code) >= _MAX_REMEMBERED_FUNCTIONS:
-            _habits_of_code.clear()
-        entry = _habits_of_code[id(code)] = (code, Habits())
-    return entry[1]
-
-
 class Region:
     """Settings of a region and what is known about it.
 
@@ -110,7 +85,6 @@ class Region:
         debug: Whether to record the operators of both runs for the error text.
         early_stop: Whether a recompute ends with the last saved tensor that is needed.
         fqn: Name for errors and reports.
-        habits: What is known already about the calls of this region.
 
     Raises:
         TypeError: ``context_fn`` cannot be called.
@@ -138,7 +112,6 @@ class Region:
         debug: bool = False,
         early_stop: bool = True,
         fqn: str = "",
-        habits: Habits | None = None,
     ) -> None:
         self.impl = CheckpointImpl(impl)
         self.preserve_rng_state = preserve_rng_state
@@ -147,7 +120,7 @@ class Region:
         self.debug = debug
         self.early_stop = early_stop
         self.fqn = fqn
-        self.habits = habits or Habits()
+        self.habits = Habits()
         if not callable(context_fn):
             raise TypeError(f"context_fn must be a callable, got {type(context_fn).__name__}")
         if determinism_check not in verify.DETERMINISM_CHECKS:
@@ -185,9 +158,18 @@ class Region:
         """Whether a forward that starts now is traced."""
         return self.debug if _debug is None else _debug
 
+    def with_context_fn(self, context_fn: ContextFn) -> Region:
+        """The same region under other contexts; what is known about it is shared."""
+        region = Region(context_fn=context_fn, **self._options())
+        region.habits = self.habits
+        return region
+
+    def _options(self) -> dict[str, Any]:
+        names = ("impl", "preserve_rng_state", "determinism_check", "debug", "early_stop", "fqn")
+        return {name: getattr(self, name) for name in names}
+
     def __getstate__(self) -> dict[str, Any]:
-        names = ("impl", "preserve_rng_state", "context_fn", "determinism_check", "debug")
-        return {name: getattr(self, name) for name in (*names, "early_stop", "fqn")}
+        return {"context_fn": self.context_fn, **self._options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
