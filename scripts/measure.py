@@ -95,7 +95,7 @@ def peak_activation_bytes(step: Step, device: torch.device) -> int:
     start_bytes = torch.cuda.memory_allocated(device)
     step()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - start_bytes
+    return int(torch.cuda.max_memory_allocated(device) - start_bytes)
 
 
 def count_flops(step: Step) -> int:
@@ -106,4 +106,4 @@ def count_flops(step: Step) -> int:
     """
     with FlopCounterMode(display=False) as counter:
         step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

@@ -157,12 +157,12 @@ def process_group() -> Iterator[torch.device]:
         # Losses are compared to the last digit; on a GPU that takes deterministic kernels.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     try:
         yield device
     finally:
@@ -175,10 +175,9 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     model = GPT(args.model).to(device)
     if args.impl != "none":
         options: dict[str, Any] = {}
-        if POLICIES[args.policy] is not None:
-            options["context_fn"] = partial(
-                create_selective_checkpoint_contexts, POLICIES[args.policy]
-            )
+        saved_operators = POLICIES[args.policy]
+        if saved_operators is not None:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, saved_operators)
         apply_activation_checkpointing(
             model,
             check_fn=lambda module: isinstance(module, Block),
