@@ -300,7 +300,7 @@ def test_attributes(pair):
                 assert getattr(ours, name) == value, name
         assert set(dir(theirs)) - set(dir(ours)) == set()
         with pytest.raises(AttributeError, match="no attribute 'nothing_like_that'"):
-            ours.nothing_like_that  # noqa: B018
+            ours.nothing_like_that
         ours.note = "written"
         assert unwrap(ours).note == "written"
         del ours.note

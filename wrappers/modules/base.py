@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import textwrap
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -175,7 +174,6 @@ class ActivationWrapper(nn.Module, ABC):
     )
     _checkpoint_wrapped_module: nn.Module
 
-
     def __new__(cls, mod: nn.Module, *args: Any, **kwargs: Any) -> ActivationWrapper:
         """Make an object of the class that fits the inner module's class."""
         require_module(mod)
@@ -219,11 +217,7 @@ class ActivationWrapper(nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value.__name__ == f"Parametrized{type(self).__name__}":
-            # The property that parametrize puts there would be missing where the weight is used.
-            raise TypeError(
-                f"cannot parametrize through {type(self).__name__}: parametrize the inner module, "
-                "register_parametrization(unwrap(module), ...), or wrap it afterwards"
-            )
+            _read_parametrizations(self._checkpoint_wrapped_module)
         if name in _SHARED:
             setattr(self._owner(), name, value)
             self._link()
@@ -310,6 +304,23 @@ class ActivationWrapper(nn.Module, ABC):
         return replica
 
 
+def _read_parametrizations(module: nn.Module) -> None:
+    """Let a module read weights that were parametrized through its wrapper.
+
+    ``register_parametrization(wrapper, "weight", ...)`` deletes the weight from the containers
+    that both share, but puts the property that computes it into the wrapper's class only.
+    """
+    cls: Any = type(module)
+
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        parametrizations = self._modules.get("parametrizations")
+        if isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
+            return parametrizations[name]()
+        return cls.__getattr__(self, name)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattr__": __getattr__})
+
+
 def require_module(mod: object) -> None:
     """Raise TypeError for what is not a module."""
     if not isinstance(mod, nn.Module):
@@ -358,7 +369,9 @@ class InPlaceForward(ABC):
         """The forward that was replaced; ``inspect.signature`` follows this name."""
         if self.previous is not None:
             return self.previous
-        return types.MethodType(type(self.__self__).forward, self.__self__)
+        # Not types.MethodType, which torch.compile cannot trace.
+        method: Callable[..., Any] = type(self.__self__).forward.__get__(self.__self__)
+        return method
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,9 +3,10 @@
 What autograd saves in the module's forward goes to the host and comes back in backward; see
 :mod:`wrappers.offload`. The module computes exactly what it computed before.
 
-An offloaded region composes with a checkpointed one: around it (``OffloadWrapper`` of a
-``CheckpointWrapper``) it moves the inputs that the checkpointed region keeps; inside it moves
-what the recompute saves for the short time until backward has used it.
+Composed with a checkpointed region, the innermost of the two decides about a saved tensor. An
+``OffloadWrapper`` of a ``CheckpointWrapper`` moves the inputs that the checkpointed region keeps,
+which is the useful order. The other way round moves all activations and recomputes none of them;
+what the host holds anyway is left to the checkpointed region.
 """
 
 from __future__ import annotations

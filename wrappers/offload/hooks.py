@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from wrappers import _device, _torch
+from wrappers._torch import SavedTensor
 from wrappers.errors import InputChangedError
 
 __all__ = ["HostOffload", "offload_saved_tensors"]
@@ -53,7 +53,7 @@ class _HostCopy:
 class _Moved:
     """A saved tensor whose storage is on the host: how the tensor lies in it."""
 
-    __slots__ = ("copy", "dtype", "offset", "size", "stride")
+    __slots__ = ("copy", "dtype", "offset", "size", "stride", "version")
 
     def __init__(self, tensor: Tensor, copy: _HostCopy) -> None:
         self.copy = copy
@@ -61,23 +61,26 @@ class _Moved:
         self.offset = tensor.storage_offset()
         self.size = tensor.size()
         self.stride = tensor.stride()
+        self.version = tensor._version
 
     def unpack(self) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype, device=self.copy.device)
-        return empty.set_(self.copy.load(), self.offset, self.size, self.stride)
+        tensor = empty.set_(self.copy.load(), self.offset, self.size, self.stride)
+        # A region that reads the tensor in a recompute compares versions with its forward's.
+        _torch.set_version(tensor, self.version)
+        return tensor
 
 
 class _Kept:
     """A saved tensor that stays where it is.
 
-    Autograd does not look for changes in place behind hooks, so this object does. It holds the
-    result of an operator without its graph: with it the graph would hold itself and never die.
+    Autograd does not look for changes in place behind hooks, so this object does.
     """
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.tensor = _without_graph(tensor)
         self.version = tensor._version
 
     def unpack(self) -> Tensor:
@@ -104,34 +107,54 @@ class HostOffload:
         self._pin_memory = pin_memory and torch.accelerator.is_available()
         self._copies: dict[tuple[StorageWeakRef, int], _HostCopy] = {}
 
-    def pack(self, tensor: Tensor) -> _Moved | _Kept:
+    def pack(self, tensor: Tensor) -> _Moved | _Kept | SavedTensor:
         """Move a tensor to the host, or keep it."""
+        if _device.is_host(tensor):
+            return self._pass_on(tensor)
         if self._should_stay(tensor):
             return _Kept(tensor)
         storage = tensor.untyped_storage()
-        key = (StorageWeakRef(storage), tensor._version)  # type: ignore[no-untyped-call]
+        key = (StorageWeakRef(storage), tensor._version)
         copy = self._copies.get(key)
         if copy is None:
             copy = self._copies[key] = _HostCopy(storage, pin_memory=self._pin_memory)
         return _Moved(tensor, copy)
 
+    def _pass_on(self, tensor: Tensor) -> SavedTensor:
+        """Save a tensor as if these hooks were not there: an enclosing region may want it."""
+        _torch.pop_saved_tensors_hooks()
+        try:
+            return _torch.make_saved_tensor(_without_graph(tensor))
+        finally:
+            _torch.push_saved_tensors_hooks(self.pack, self.unpack)
+
     def _should_stay(self, tensor: Tensor) -> bool:
         return (
-            _device.is_host(tensor)
+            not _is_plain(tensor)
             or tensor.nbytes < self._min_bytes
-            or isinstance(tensor, nn.Parameter)
             or isinstance(tensor._base, nn.Parameter)
-            or not _is_plain(tensor)
         )
 
     @staticmethod
-    def unpack(packed: _Moved | _Kept) -> Tensor:
+    def unpack(packed: _Moved | _Kept | SavedTensor) -> Tensor:
         """Give back a tensor equal to the one that was packed."""
         return packed.unpack()
 
 
+def _without_graph(tensor: Tensor) -> Tensor:
+    """Give what a hook may hold: an operator's result holds the graph that holds the hook.
+
+    Both would hold each other, through C++ where no garbage collector looks. A detached tensor
+    has the same memory and version.
+    """
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether sizes, strides and offset in a storage say all about a tensor."""
+    """Whether sizes, strides and offset in a storage say all about a tensor.
+
+    False for parameters too, as for all subclasses.
+    """
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
@@ -149,7 +172,7 @@ def offload_saved_tensors(*, min_bytes: int, pin_memory: bool = True) -> Iterato
         min_bytes: Tensors of fewer bytes stay on their device.
         pin_memory: Whether to use pinned host memory.
     """
-    hooks: Any = HostOffload(min_bytes=min_bytes, pin_memory=pin_memory)
+    hooks = HostOffload(min_bytes=min_bytes, pin_memory=pin_memory)
     _torch.push_saved_tensors_hooks(hooks.pack, hooks.unpack)
     try:
         yield
