@@ -1,0 +1,117 @@
+"""The main job as a user starts it: torchrun, two processes, FSDP around wrapped blocks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.train import Result, load_tokens, parse_args
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--layers=4", "--d-model=64", "--heads=4", "--seq=128", "--batch=4", "--steps=3"]
+MODES = {
+    "none": ["--impl", "none"],
+    "reentrant": ["--impl", "reentrant"],
+    "no_reentrant": ["--impl", "no_reentrant"],
+    "in_place": ["--impl", "no_reentrant", "--inplace"],
+    "save_matmuls": ["--impl", "no_reentrant", "--policy", "save_matmuls"],
+}
+CHECKPOINTED = sorted(MODES.keys() - {"none"})
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Runs the job in a mode, once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("train")
+
+    @functools.cache
+    def train(mode: str) -> Result:
+        path = folder / f"{mode}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+        command += ["scripts/train.py", *SIZES, *MODES[mode], "--memory-trace", "--json", str(path)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Result(**json.loads(path.read_text()))
+
+    return train
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTED)
+def test_loss_equals_that_of_the_plain_model_to_the_last_digit(train, mode):
+    assert repr(train(mode).loss) == repr(train("none").loss)
+    assert train(mode).world_size == 2
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "no_reentrant", "in_place"])
+def test_activation_checkpointing_lowers_the_peak(train, mode):
+    assert train(mode).peak_activation_bytes < 0.5 * train("none").peak_activation_bytes
+    assert train(mode).peak_activation_bytes == max(train(mode).timeline_bytes)
+
+
+def matmul_flops_of_a_block_forward() -> int:
+    batch, seq, d_model = 4, 128, 64
+    projections = 2 * batch * seq * d_model * d_model * (3 + 1 + 4 + 4)
+    attention = 2 * batch * seq * seq * d_model * 2
+    return projections + attention
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "no_reentrant", "in_place"])
+def test_recomputed_flops_are_those_of_the_blocks_forward(train, mode):
+    recomputed = train(mode).flops - train("none").flops
+    forward = 4 * matmul_flops_of_a_block_forward()
+    if mode == "reentrant":
+        assert recomputed == forward
+    else:  # early stop may leave out what follows the last saved tensor
+        assert 0.6 * forward <= recomputed <= forward
+
+
+def test_saved_matmuls_are_not_recomputed(train):
+    attention = 4 * 2 * 4 * 128 * 128 * 64 * 2
+    assert train("save_matmuls").flops - train("none").flops <= attention
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--impl none --inplace", "--inplace needs an --impl to put in place"),
+        ("--impl reentrant --policy save_matmuls", "needs --impl no_reentrant, got --impl reent"),
+        ("--memory-trace", "--memory-trace needs --json FILE"),
+        ("--steps 1", "--steps must be at least 2"),
+        ("--batch 0", "--batch must be at least 1, got 0"),
+        ("--heads 3", "d_model must be a multiple of num_heads, got 256 and 3"),
+        ("--layers 0", "num_layers must be at least 1, got 0"),
+        ("--dropout 1", "dropout must lie in [0, 1), got 1.0"),
+        ("--text /no/such/file", "No such file or directory: '/no/such/file'"),
+        ("--text /dev/null", "/dev/null: a sequence takes 257 bytes, the text has 0"),
+    ],
+)
+def test_bad_options_end_with_one_clear_line(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args(options.split())
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_text_of_a_file_becomes_its_bytes(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes([7, 0, 255]))
+    assert load_tokens(path, min_bytes=3).tolist() == [7, 0, 255]
+
+
+def test_default_text_ships_with_python():
+    assert len(load_tokens(None, min_bytes=1)) > 100_000
