@@ -34,6 +34,8 @@ def flatten(value: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
         The tensors in order, and a function that takes as many values in the same order and
         returns a value of the same structure with them in place.
     """
+    if isinstance(value, Tensor):
+        return [value], _build_single
     tensors: list[Tensor] = []
     build = _take(value, tensors)
     if build is None:
@@ -50,6 +52,10 @@ def flatten_call(
         if len(tensors) == len(args):
             return tensors, _build_positional
     return flatten((args, kwargs))
+
+
+def _build_single(leaves: Iterable[Any]) -> Any:
+    return next(iter(leaves))
 
 
 def _build_positional(leaves: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,11 +20,6 @@ from wrappers.engine.rerun import run_no_reentrant
 from wrappers.engine.selective import for_compiler
 from wrappers.policy import CheckpointImpl
 
-_RUN = {
-    CheckpointImpl.REENTRANT: run_reentrant,
-    CheckpointImpl.NO_REENTRANT: run_no_reentrant,
-}
-
 
 def run_region(
     region: Region,
@@ -54,7 +49,8 @@ def run_region(
             "vjp, vmap, jvp, ...) is not possible, since the transform has its own saved tensors. "
             "Put the region around the transform, or use torch.autograd.grad in place of it."
         )
-    return _RUN[region.impl](region, function, args, kwargs, owner)
+    run = run_reentrant if region.impl is CheckpointImpl.REENTRANT else run_no_reentrant
+    return run(region, function, args, kwargs, owner)
 
 
 def run_compiled(

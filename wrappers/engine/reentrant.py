@@ -107,20 +107,19 @@ class _ReentrantFrame(Frame):
                 f"{len(outputs)}. The forward must repeat exactly.",
                 fqn=self.fqn,
             )
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, grads, strict=True)
-            if output.requires_grad and grad is not None
-        ]
-        if not pairs:
+        roots, root_grads = [], []
+        for output, grad in zip(outputs, grads, strict=True):
+            if grad is not None and output.requires_grad:
+                roots.append(output)
+                root_grads.append(grad)
+        if not roots:
             raise CheckpointError(
                 f"region `{self.fqn}`: none of the outputs that backward came from requires grad, "
                 "so this region has no gradient to compute. Do not checkpoint it, do not detach "
                 "its outputs inside, or use CheckpointImpl.NO_REENTRANT.",
                 fqn=self.fqn,
             )
-        roots, root_grads = zip(*pairs, strict=True)
-        torch.autograd.backward(roots, root_grads)
+        _torch.run_backward(roots, root_grads)
 
     def _refuse_unsupported_backward(self) -> None:
         if not _torch.is_reentrant_backward_allowed():

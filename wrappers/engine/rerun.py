@@ -83,7 +83,7 @@ class RerunFrame(Frame):
         owner: nn.Module | None,
     ) -> None:
         super().__init__(region, function, args, kwargs, owner)
-        self._inputs = [_torch.make_saved_tensor(tensor) for tensor in self.take_tensors()]
+        self._inputs = list(map(_torch.make_saved_tensor, self.take_tensors()))
         self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
         self._early_stop = region.is_early_stop
         self._trace = verify.DebugTrace() if region.is_debug else None
@@ -193,16 +193,18 @@ class RerunFrame(Frame):
             self._uses_backward = True
         last = self._last_needed()
         fill = _Fill(self)
+        pack, num_saved = fill.make_pack(last)
         try:
-            self._rerun_into(fill.make_pack(last))
+            self._rerun_into(pack)
         except CheckpointError:
             raise
         except Exception as error:
             # The region's own exception goes to the user; a difference seen before it explains it.
-            if fill.mismatches and hasattr(error, "add_note"):
+            if fill.mismatches and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(str(self._mismatch_error(fill)))
             raise
-        if fill.mismatches or fill.count <= last or self._has_other_count(fill):
+        fill.num_saved = num_saved()
+        if fill.mismatches or fill.num_saved <= last or self._has_other_count(fill):
             raise self._mismatch_error(fill)
 
     def _rerun_into(self, pack: Callable[[Tensor], Tensor]) -> None:
@@ -237,7 +239,7 @@ class RerunFrame(Frame):
 
     def _has_other_count(self, fill: _Fill) -> bool:
         """Whether a rerun that went to its end saved more or fewer tensors than the forward."""
-        return not self._early_stop and self._is_forward_over and fill.count != len(self.slots)
+        return not self._early_stop and self._is_forward_over and fill.num_saved != len(self.slots)
 
     def _mismatch_error(self, fill: _Fill) -> CheckpointError:
         if not fill.mismatches:
@@ -266,7 +268,7 @@ class RerunFrame(Frame):
             fqn=self.fqn,
             slot=first.slot,
             num_slots=num,
-            num_recomputed=fill.count,
+            num_recomputed=fill.num_saved,
             expected=expected,
             got=got,
             operator=first.site.expression,
@@ -276,14 +278,14 @@ class RerunFrame(Frame):
     def _count_error(self, fill: _Fill) -> CheckpointError:
         num = len(self.slots)
         return RecomputeMismatchError(
-            f"region `{self.fqn}`: the forward saved {num} tensors, the recompute {fill.count}. "
-            "The region took another way through its code: check what its branches and loops "
+            f"region `{self.fqn}`: the forward saved {num} tensors, the recompute "
+            f"{fill.num_saved}. The region took another way through its code: check what its branches and loops "
             "depend on." + self._trace_text(),
             fqn=self.fqn,
             num_slots=num,
-            num_recomputed=fill.count,
+            num_recomputed=fill.num_saved,
             expected=f"{num} saved tensors",
-            got=f"{fill.count} saved tensors",
+            got=f"{fill.num_saved} saved tensors",
         )
 
     def _changed_error(self, mismatch: verify.Mismatch) -> CheckpointError:
@@ -308,30 +310,40 @@ class RerunFrame(Frame):
 
 
 class _Fill:
-    """Collects the tensors that one rerun saves.
+    """Puts the tensors that one rerun saves into the slots of a frame.
 
     Attributes:
-        count: How many tensors the rerun has saved.
-        mismatches: Those that differ from the forward's.
+        mismatches: Tensors that differ from the forward's.
+        num_saved: How many tensors the rerun has saved, known when it is over.
     """
 
-    __slots__ = ("_frame", "count", "mismatches")
+    __slots__ = ("_frame", "mismatches", "num_saved")
 
     def __init__(self, frame: RerunFrame) -> None:
         self._frame = frame
-        self.count = 0
         self.mismatches: list[verify.Mismatch] = []
+        self.num_saved = 0
 
-    def make_pack(self, last: int) -> Callable[[Tensor], Tensor]:
-        """The pack hook of the rerun, which stops after slot ``last`` if it may."""
+    def make_pack(self, last: int) -> tuple[Callable[[Tensor], Tensor], Callable[[], int]]:
+        """Make the pack hook of the rerun. See [Note: hooks are closures].
+
+        Args:
+            last: Position of the last slot that has to be filled.
+
+        Returns:
+            The hook, and a function that tells how many tensors it has seen. (Kept on self,
+            they would be a reference cycle, and the frame would wait for the collector.)
+        """
         frame = self._frame
         slots, described, check = frame.slots, frame.described, frame._describe is not None
         num_slots = len(slots)
         stop_after = frame.stop_after(last)
+        count = 0
 
         def pack(tensor: Tensor) -> Tensor:
-            index = self.count
-            self.count = index + 1
+            nonlocal count
+            index = count
+            count += 1
             if tensor.requires_grad:
                 tensor = tensor.detach()
             if index < num_slots:
@@ -356,7 +368,10 @@ class _Fill:
                 raise stop
             return tensor
 
-        return pack
+        def num_saved() -> int:
+            return count
+
+        return pack, num_saved
 
     def _look_closer(self, index: int, tensor: Tensor) -> None:
         """Compare in full a tensor that is not described like the forward's at first sight."""
