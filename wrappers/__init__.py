@@ -1,6 +1,11 @@
 """Activation memory for PyTorch: keep, recompute or offload, region by region."""
 
 from wrappers._device import DefaultDeviceType, get_device_states, set_device_states
+from wrappers.apply import (
+    ApplyReport,
+    apply_activation_checkpointing,
+    remove_activation_checkpointing,
+)
 from wrappers.engine.ambient import AmbientHandle, register_ambient
 from wrappers.engine.api import GraphExecGroup, checkpoint, checkpoint_sequential
 from wrappers.engine.frame import is_recomputing
@@ -21,6 +26,13 @@ from wrappers.errors import (
     RecomputeMismatchError,
     WrapperError,
 )
+from wrappers.modules import (
+    ActivationWrapper,
+    CheckpointWrapper,
+    OffloadWrapper,
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from wrappers.policy import (
     SAC_IGNORED_OPS,
     CheckpointImpl,
@@ -30,26 +42,34 @@ from wrappers.policy import (
 
 __all__ = [
     "SAC_IGNORED_OPS",
+    "ActivationWrapper",
     "AmbientHandle",
+    "ApplyReport",
     "CheckpointError",
     "CheckpointFunction",
     "CheckpointImpl",
     "CheckpointPolicy",
+    "CheckpointWrapper",
     "DefaultDeviceType",
     "GraphExecGroup",
     "InputChangedError",
+    "OffloadWrapper",
     "RecomputeMismatchError",
     "SelectiveCheckpointContext",
     "WrapperError",
+    "apply_activation_checkpointing",
     "check_backward_validity",
     "checkpoint",
     "checkpoint_sequential",
+    "checkpoint_wrapper",
     "create_selective_checkpoint_contexts",
     "detach_variable",
     "get_device_states",
     "is_recomputing",
     "noop_context_fn",
+    "offload_wrapper",
     "register_ambient",
+    "remove_activation_checkpointing",
     "set_checkpoint_debug_enabled",
     "set_checkpoint_early_stop",
     "set_device_states",

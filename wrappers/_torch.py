@@ -74,7 +74,7 @@ class _NodeSavedTensor:
         with torch.enable_grad():
             anchor = torch.empty(0, requires_grad=True)
             # The output, not its grad_fn: the node lives in C++ only as long as it does.
-            self._output = _SaveOne.apply(tensor, anchor)
+            self._output = _SaveOne.apply(tensor, anchor)  # type: ignore[no-untyped-call]
 
     def unpack(self) -> Tensor:
         (tensor,) = self._output.grad_fn.saved_tensors
@@ -107,7 +107,7 @@ set_graph_exec_group: Callable[[Any], None] = _C._set_graph_exec_group
 
 def is_reentrant_backward_allowed() -> bool:
     """Whether the running backward is a plain one: no ``inputs=``, no ``autograd.grad``."""
-    return bool(torch.autograd._is_checkpoint_valid())  # type: ignore[no-untyped-call]
+    return bool(torch.autograd._is_checkpoint_valid())
 
 
 def run_backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -126,7 +126,7 @@ def run_backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     )
 
 
-_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
 
 
 def is_functorch_active() -> bool:
@@ -215,7 +215,7 @@ def pytree_node(
 def is_same_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors look at the same memory, wherever in it they begin."""
     try:
-        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors, for one, have no storage
         return a is b
 

@@ -78,7 +78,7 @@ def _take(value: Any, tensors: list[Tensor]) -> Build | None:
             list(value.values()), tensors, lambda items: dict(zip(keys, items, strict=True))
         )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _take_children(list(value), tensors, kind._make)  # type: ignore[attr-defined]
+        return _take_children(list(value), tensors, kind._make)
     node = _torch.pytree_node(kind)
     if node is not None:
         to_children, to_value = node

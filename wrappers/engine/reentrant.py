@@ -179,7 +179,9 @@ def run_reentrant(
     frame = _ReentrantFrame(region, function, args, kwargs, owner)
     if not any(tensor.requires_grad for tensor in frame.tensors):
         return run_no_reentrant(region, function, args, kwargs, owner)
-    outputs = _Reentrant.apply(frame, args, kwargs, *frame.tensors)
+    outputs = _Reentrant.apply(  # type: ignore[no-untyped-call]
+        frame, args, kwargs, *frame.tensors
+    )
     # The frame must not keep what the outputs' structure holds.
     build_output, frame.build_output = frame.build_output, None
     return build_output(outputs)

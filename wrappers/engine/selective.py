@@ -73,7 +73,7 @@ class _KeepMode(_torch.TorchDispatchMode):
     """Around the forward: asks the policy and keeps outputs."""
 
     def __init__(self, policy: PolicyFn, outputs: _Outputs) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
         self._outputs = outputs
 
@@ -109,14 +109,14 @@ class _ReuseMode(_torch.TorchDispatchMode):
     """Around the recompute: hands out what was kept."""
 
     def __init__(self, outputs: _Outputs, allow_mutation: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._outputs = outputs
         self._allow_mutation = allow_mutation
         self._counts: dict[Any, int] = {}
 
     def __enter__(self) -> _ReuseMode:
         self._counts.clear()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(
@@ -126,7 +126,7 @@ class _ReuseMode(_torch.TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         index = self._counts.get(func, 0)
         self._counts[func] = index + 1
-        outputs = self._outputs.get(func, ())
+        outputs = self._outputs.get(func, [])
         if index >= len(outputs):
             raise RuntimeError(
                 f"the recompute calls {func} {index + 1} times, the forward called it "

@@ -199,7 +199,7 @@ class _Recorder(_torch.TorchDispatchMode):
     """Writes down every operator of one run and where the user called it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[_Operator] = []
         self.num_dropped = 0
 
