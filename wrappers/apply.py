@@ -85,8 +85,7 @@ class _Tree:
     Attributes:
         names: The first FQN of every module, in the order of ``named_modules``.
         places: Where a module stands: (parent, name in the parent).
-        outer: What stands there: the module, a wrapper around it, its compiled form.
-        is_shared: Whether a module or a parameter stands in more than one place.
+        outer: What stands there: the module itself, a wrapper around it, its compiled form.
     """
 
     def __init__(self, model: nn.Module) -> None:

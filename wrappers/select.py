@@ -184,7 +184,7 @@ def by_name(pattern: str) -> Predicate:
 
     def choose(model: nn.Module) -> Iterator[nn.Module]:
         for fqn, module in plain_modules(model, remove_duplicate=False):
-            if matches(fqn):
+            if fqn and matches(fqn):
                 yield module
 
     return _NeedsModel(f"by_name({pattern!r})", choose)

@@ -418,7 +418,9 @@ def is_fsdp_managed(module: nn.Module) -> bool:
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module that the user wrote: without wrappers, and not compiled."""
-    inner = unwrap(module)
+    """Return the module that the user wrote: without wrappers, torch's too, and not compiled."""
+    inner: Any = unwrap(module)
+    if _torch.is_torch_wrapper(inner):
+        return plain_module(inner._checkpoint_wrapped_module)
     original = _torch.compiled_original(inner)
     return inner if original is None else plain_module(original)
