@@ -61,6 +61,13 @@ class StopRerun(BaseException):
 
     frame: Frame
 
+    @classmethod
+    def of(cls, frame: Frame) -> StopRerun:
+        """Make the exception that ends a rerun of ``frame``."""
+        stop = cls()
+        stop.frame = frame
+        return stop
+
 
 class Frame:
     """One forward execution of a region.

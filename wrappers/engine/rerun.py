@@ -363,9 +363,7 @@ class _Fill:
                             self._look_closer(index, tensor)
                     slot.value = tensor
             if index >= stop_after:
-                stop = StopRerun()
-                stop.frame = frame
-                raise stop
+                raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
             return tensor
 
         def num_saved() -> int:
