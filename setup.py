@@ -1,2 +1,5 @@
-from setuptools import setup
-setup()
+"""The metadata stands in setup.cfg."""
+
+import setuptools
+
+setuptools.setup()
