@@ -147,49 +147,51 @@ def detach_shallow(tensor: Tensor) -> Tensor:
 
 # --- State that a recompute must see again ----------------------------------------------
 
-is_any_autocast_enabled: Callable[[], bool] = _C._is_any_autocast_enabled
-
 _SDPA_SWITCHES = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
-_sdpa_getters = [getattr(_C, f"_get_{name}_sdp_enabled") for name in _SDPA_SWITCHES]
-_sdpa_setters = [getattr(_C, f"_set_sdp_use_{name}") for name in _SDPA_SWITCHES]
+_flash, _mem_efficient, _math, _cudnn, _overrideable = (
+    getattr(_C, f"_get_{name}_sdp_enabled") for name in _SDPA_SWITCHES
+)
+_set_sdpa_switches = [getattr(_C, f"_set_sdp_use_{name}") for name in _SDPA_SWITCHES]
+_get_default_dtype = torch.get_default_dtype
 _get_deterministic = _C._get_deterministic_algorithms
 _get_warn_only = _C._get_deterministic_algorithms_warn_only
 _get_priority = _C._get_sdp_priority_order
-_flash, _mem_efficient, _math, _cudnn, _overrideable = _sdpa_getters
+_is_any_autocast_enabled = _C._is_any_autocast_enabled
 
 
-def kernel_flags() -> tuple[Any, ...]:
-    """Every process-wide setting that changes which kernel or dtype an operator uses.
+def settings() -> tuple[bool, torch.device | None, tuple[Any, ...]]:
+    """Take the settings outside of a region that change what its operators do.
 
-    The SDPA switches and their priority, the deterministic-algorithms flag and the default
-    dtype, as one tuple that is cheap to take (0.6 us) and to compare.
+    Returns:
+        Whether autocast is on for any device type; the device of the innermost
+        ``with torch.device(...)`` or of set_default_device; and what :func:`set_kernels` takes:
+        default dtype, deterministic flag, SDPA switches and their priority.
     """
     return (
-        torch.get_default_dtype(),
-        _get_deterministic(),
-        _get_warn_only(),
-        _flash(),
-        _mem_efficient(),
-        _math(),
-        _cudnn(),
-        _overrideable(),
-        tuple(_get_priority()),
+        _is_any_autocast_enabled(),
+        _device.CURRENT_DEVICE,
+        (
+            _get_default_dtype(),
+            _get_deterministic(),
+            _get_warn_only(),
+            _flash(),
+            _mem_efficient(),
+            _math(),
+            _cudnn(),
+            _overrideable(),
+            _get_priority(),
+        ),
     )
 
 
-def set_kernel_flags(flags: tuple[Any, ...]) -> None:
-    """Set what :func:`kernel_flags` returned."""
-    dtype, deterministic, warn_only, *switches, priority = flags
+def set_kernels(kernels: tuple[Any, ...]) -> None:
+    """Set the ``kernels`` field of :func:`settings`."""
+    dtype, deterministic, warn_only, *switches, priority = kernels
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    for setter, enabled in zip(_sdpa_setters, switches, strict=True):
-        setter(enabled)
-    _C._set_sdp_priority_order(list(priority))
-
-
-def default_device_mode() -> torch.device | None:
-    """The device of the innermost ``with torch.device(...)`` or set_default_device."""
-    return _device.CURRENT_DEVICE
+    for set_switch, enabled in zip(_set_sdpa_switches, switches, strict=True):
+        set_switch(enabled)
+    _C._set_sdp_priority_order(priority)
 
 
 #: The number of dispatch modes on this thread's stack; 0 is falsy.

@@ -14,12 +14,11 @@ their own state with :func:`register_ambient`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from wrappers import _device, _torch
 
@@ -77,33 +76,25 @@ class Ambient:
     """The ambient state of one moment.
 
     Args:
-        rng: Whether to take random states; without them a recompute draws new numbers.
-        devices: Devices other than the host whose random state is taken.
+        devices: Devices whose random state is taken besides the host's. None takes no random
+            state at all: a recompute then draws new numbers.
         python_random: Whether to take the state of Python's ``random`` too (9 us).
     """
 
     __slots__ = (
         "autocast",
         "cpu_rng",
-        "device_mode",
         "device_rng",
-        "kernel_flags",
         "python_random",
         "registered",
+        "settings",
     )
 
-    def __init__(
-        self, *, rng: bool, devices: Iterable[torch.device] = (), python_random: bool = False
-    ) -> None:
-        self.kernel_flags = _torch.kernel_flags()
-        self.device_mode = _torch.default_device_mode()
-        self.autocast = _autocast_state() if _torch.is_any_autocast_enabled() else None
-        self.cpu_rng: Tensor | None = None
-        self.device_rng: list[tuple[torch.device, Tensor]] = []
-        if rng:
-            self.cpu_rng = _cpu_generator.get_state()
-            if devices:
-                self.device_rng = [(d, _device.get_rng_state(d)) for d in devices]
+    def __init__(self, devices: Sequence[torch.device] | None, python_random: bool = False) -> None:
+        self.settings = settings = _torch.settings()
+        self.autocast = _autocast_state() if settings[0] else None
+        self.cpu_rng = None if devices is None else _cpu_generator.get_state()
+        self.device_rng = [(d, _device.get_rng_state(d)) for d in devices] if devices else ()
         self.python_random = random.getstate() if python_random else None
         self.registered = [(p, p.capture()) for p in _providers] if _providers else ()
 
@@ -113,15 +104,10 @@ class Ambient:
         Args:
             undo: Receives calls that put the present state back, to be made in reverse order.
         """
-        flags = _torch.kernel_flags()
-        if flags != self.kernel_flags:
-            undo.append(partial(_torch.set_kernel_flags, flags))
-            _torch.set_kernel_flags(self.kernel_flags)
-        if self.device_mode != _torch.default_device_mode():
-            mode = self.device_mode or torch.device("cpu")
-            mode.__enter__()
-            undo.append(partial(mode.__exit__, None, None, None))
-        if self.autocast is not None or _torch.is_any_autocast_enabled():
+        now = _torch.settings()
+        if now != self.settings:
+            self._enter_settings(now, undo)
+        if now[0] or self.autocast is not None:
             self._enter_autocast(undo)
         if self.cpu_rng is not None:
             undo.append(partial(_cpu_generator.set_state, _cpu_generator.get_state()))
@@ -135,6 +121,16 @@ class Ambient:
         for provider, state in self.registered:
             undo.append(partial(provider.restore, provider.capture()))
             provider.restore(state)
+
+    def _enter_settings(self, now: tuple[Any, ...], undo: Undo) -> None:
+        _, device, kernels = self.settings
+        if now[2] != kernels:
+            undo.append(partial(_torch.set_kernels, now[2]))
+            _torch.set_kernels(kernels)
+        if now[1] != device:
+            mode = device or torch.device("cpu")
+            mode.__enter__()
+            undo.append(partial(mode.__exit__, None, None, None))
 
     def _enter_autocast(self, undo: Undo) -> None:
         cache, now = _autocast_state()

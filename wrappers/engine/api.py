@@ -172,8 +172,8 @@ def _code_of(function: Any) -> object:
     """The code that a call runs, as far as it can be told: a code object, or a class."""
     while isinstance(function, functools.partial):
         function = function.func
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", type(function))
+    code = getattr(function, "__code__", None)  # a bound method has its function's
+    return type(function) if code is None else code
 
 
 def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> CheckpointImpl:

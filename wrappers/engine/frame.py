@@ -109,14 +109,16 @@ class Frame:
         self.num_inputs = len(self.tensors)
         owner = owner or _owner(function)
         self.module_state = None if owner is None else ModuleState(owner)
-        self._probing = region.habits.should_probe(None if owner is None else owner.training)
-        devices = _device.rng_devices(self.tensors)
-        self.ambient = Ambient(
-            rng=region.preserve_rng_state or self._probing,
-            devices=devices,
-            python_random=region.preserve_rng_state
-            and (self._probing or region.habits.uses_python_random),
-        )
+        habits = region.habits
+        probing = habits.should_probe(None if owner is None else owner.training)
+        self._probing = probing
+        if region.preserve_rng_state or probing:
+            self.ambient = Ambient(
+                _device.rng_devices(self.tensors),
+                python_random=region.preserve_rng_state and (probing or habits.uses_python_random),
+            )
+        else:
+            self.ambient = Ambient(None)
 
     @property
     def fqn(self) -> str:

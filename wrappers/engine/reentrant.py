@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from wrappers import _torch, _tree
-from wrappers.engine.ambient import Undo, leave
 from wrappers.engine.frame import Frame, Function
 from wrappers.engine.region import Region
 from wrappers.engine.rerun import run_no_reentrant
@@ -81,24 +80,22 @@ class _ReentrantFrame(Frame):
         Returns:
             The gradient of each tensor among the inputs, flat.
         """
-        self._refuse_unsupported_backward()
-        inputs = list(detach_variable(self._saved_tensors(ctx)))
-        undo: Undo = []
-        if _torch.has_saved_tensors_hooks():  # Rule 3: as if no region were active.
+        if torch.is_grad_enabled() or not _torch.is_reentrant_backward_allowed():
+            raise self._unsupported_backward()
+        try:
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        except RuntimeError as error:
+            raise self.explain_changed_input(_first_changed(ctx), error) from error
+        is_in_region = _torch.has_saved_tensors_hooks()
+        if is_in_region:  # Rule 3: as if no region were active.
             _torch.push_saved_tensors_hooks(_identity, _identity)
-            undo.append(_torch.pop_saved_tensors_hooks)
         try:
             outputs, _ = _tree.flatten(self.rerun(inputs))
             self._backward(outputs, grads)
         finally:
-            leave(undo)
+            if is_in_region:
+                _torch.pop_saved_tensors_hooks()
         return [tensor.grad for tensor in inputs]
-
-    def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
-        try:
-            return ctx.saved_tensors  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            raise self.explain_changed_input(_first_changed(ctx), error) from error
 
     def _backward(self, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
         if len(outputs) != len(grads):
@@ -121,14 +118,13 @@ class _ReentrantFrame(Frame):
             )
         _torch.run_backward(roots, root_grads)
 
-    def _refuse_unsupported_backward(self) -> None:
-        if not _torch.is_reentrant_backward_allowed():
-            what = ".grad() and .backward(inputs=...) are"
-        elif torch.is_grad_enabled():
-            what = "create_graph=True is"
-        else:
-            return
-        raise CheckpointError(
+    def _unsupported_backward(self) -> CheckpointError:
+        what = (
+            "create_graph=True is"
+            if _torch.is_reentrant_backward_allowed()
+            else ".grad() and .backward(inputs=...) are"
+        )
+        return CheckpointError(
             f"region `{self.fqn}`: {what} not possible through a REENTRANT region, whose backward "
             "runs a backward of its own. Use CheckpointImpl.NO_REENTRANT (use_reentrant=False).",
             fqn=self.fqn,
@@ -168,6 +164,10 @@ class _Reentrant(torch.autograd.Function):
         return (None, None, None, *ctx.frame.run_backward(ctx, list(grads)))
 
 
+#: Function.apply without its Python half, which is for functorch transforms: there is none.
+_apply: Function = super(torch.autograd.Function, _Reentrant).apply
+
+
 def run_reentrant(
     region: Region,
     function: Function,
@@ -179,9 +179,7 @@ def run_reentrant(
     frame = _ReentrantFrame(region, function, args, kwargs, owner)
     if not any(tensor.requires_grad for tensor in frame.tensors):
         return run_no_reentrant(region, function, args, kwargs, owner)
-    outputs = _Reentrant.apply(  # type: ignore[no-untyped-call]
-        frame, args, kwargs, *frame.tensors
-    )
+    outputs = _apply(frame, args, kwargs, *frame.tensors)
     # The frame must not keep what the outputs' structure holds.
     build_output, frame.build_output = frame.build_output, None
     return build_output(outputs)

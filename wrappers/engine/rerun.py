@@ -52,6 +52,24 @@ class _Slot:
     value: Tensor
 
 
+class _PlainInput:
+    """An input while no hooks are active: all that a SavedTensor is then, and cheaper."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def unpack(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "a variable needed for the recompute has been modified by an inplace operation: "
+                f"it is at version {self._tensor._version}, expected {self._version}"
+            )
+        return self._tensor
+
+
 def _identity(value: Any) -> Any:
     return value
 
@@ -83,7 +101,8 @@ class RerunFrame(Frame):
         owner: nn.Module | None,
     ) -> None:
         super().__init__(region, function, args, kwargs, owner)
-        self._inputs = list(map(_torch.make_saved_tensor, self.take_tensors()))
+        save = _torch.make_saved_tensor if _torch.has_saved_tensors_hooks() else _PlainInput
+        self._inputs = [save(tensor) for tensor in self.take_tensors()]
         self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
         self._early_stop = region.is_early_stop
         self._trace = verify.DebugTrace() if region.is_debug else None
@@ -279,8 +298,8 @@ class RerunFrame(Frame):
         num = len(self.slots)
         return RecomputeMismatchError(
             f"region `{self.fqn}`: the forward saved {num} tensors, the recompute "
-            f"{fill.num_saved}. The region took another way through its code: check what its branches and loops "
-            "depend on." + self._trace_text(),
+            f"{fill.num_saved}. The region took another way through its code: check what its "
+            "branches and loops depend on." + self._trace_text(),
             fqn=self.fqn,
             num_slots=num,
             num_recomputed=fill.num_saved,
