@@ -52,9 +52,6 @@ def is_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-_current_accelerator = torch.accelerator.current_accelerator
-
-
 def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Every device with a random state of its own that is in use.
 
@@ -62,7 +59,7 @@ def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     device if the accelerator is initialised.
     """
     devices = {t.device: None for t in tensors if not t.is_cpu}
-    accelerator = _current_accelerator()
+    accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and _is_initialized(accelerator):
         index = torch.accelerator.current_device_index()
         devices[torch.device(accelerator.type, index)] = None
