@@ -24,7 +24,7 @@ IMPLS = [REENTRANT, NO_REENTRANT]
 def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """A leaf that requires grad; the same values for the same shape and seed."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
