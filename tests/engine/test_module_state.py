@@ -17,7 +17,6 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from wrappers import (
-    CheckpointError,
     CheckpointImpl,
     InputChangedError,
     checkpoint,
@@ -200,8 +199,7 @@ def test_a_buffer_that_first_changes_at_a_later_step_is_right_or_refused(impl):
             out.square().sum().backward()
         except InputChangedError as error:
             # Nobody could know before the call that a copy would be needed.
-            assert step == 2
-            assert error.tensor == "buffer `scale`"
+            assert (step, error.tensor) == (2, "buffer `scale`")  # noqa: PT017
         else:
             assert torch.equal(x.grad, plain_x.grad), f"step {step}"
         assert all(map(torch.equal, module.buffers(), plain.buffers())), f"step {step}"
@@ -311,7 +309,7 @@ def test_buffers_are_put_back_when_the_recompute_raises(impl):
     module, plain = Failing(), Norms()
     out = checkpoint(module, leaf(6, 4), impl=impl)
     plain.last(plain.down(plain.norm(plain.up(leaf(6, 4)))))
-    before = {name: buffer for name, buffer in module.named_buffers()}
+    before = dict(module.named_buffers())
     module.fail = True
     with pytest.raises(ValueError, match="stop"):
         out.sum().backward()
