@@ -61,9 +61,15 @@ def run_compiled(
     The compiler recomputes by itself: it ignores the determinism check and ``debug``, and
     always preserves random states.
     """
+    return _call_torch(region.context_fn, function, args, kwargs)
+
+
+def _call_torch(
+    context_fn: ContextFn, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     options: dict[str, Any] = {}
-    if region.context_fn is not noop_context_fn:
-        options["context_fn"] = for_compiler(region.context_fn)
+    if context_fn is not noop_context_fn:
+        options["context_fn"] = for_compiler(context_fn)
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, **options, **kwargs
     )
@@ -117,6 +123,8 @@ def checkpoint(
     """
     if not callable(function):
         raise TypeError(f"checkpoint needs a callable, got {type(function).__name__}")
+    if torch.compiler.is_compiling():  # Before anything that the compiler cannot trace.
+        return _call_torch(context_fn, function, args, kwargs)
     region = _region_for(
         function,
         use_reentrant,
@@ -128,8 +136,6 @@ def checkpoint(
     )
     if context_fn is not noop_context_fn:
         region = region.with_context_fn(context_fn)
-    if torch.compiler.is_compiling():
-        return run_compiled(region, function, args, kwargs)
     return run_region(region, function, args, kwargs)
 
 

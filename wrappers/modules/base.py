@@ -242,7 +242,7 @@ class ActivationWrapper(nn.Module, ABC):
         own: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return sorted({*own, *dir(self._checkpoint_wrapped_module)})
 
-    # --- What a module class may override -------------------------------------------------
+    # --- What a module may override, in its class or (``model.train = frozen``) on the instance
 
     _apply = _delegate("_apply")
     _load_from_state_dict = _delegate("_load_from_state_dict")
@@ -290,7 +290,6 @@ class ActivationWrapper(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.pop("training", None)
         # Pickle and deepcopy keep shared objects shared, unless the inner module's class copies
         # its containers itself. In a cycle the inner module may not have its state yet.
         if "_parameters" in vars(self._owner()):
@@ -369,9 +368,8 @@ class InPlaceForward(ABC):
         """The forward that was replaced; ``inspect.signature`` follows this name."""
         if self.previous is not None:
             return self.previous
-        # Not types.MethodType, which torch.compile cannot trace.
-        method: Callable[..., Any] = type(self.__self__).forward.__get__(self.__self__)
-        return method
+        # Not a bound method, which not every torch.compile can make while it traces.
+        return functools.partial(type(self.__self__).forward, self.__self__)
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
