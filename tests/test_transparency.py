@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from wrappers.modules.base import ActivationWrapper, unwrap
+from wrappers.modules.base import _SHARED, ActivationWrapper, unwrap
 from wrappers.modules.checkpoint import CheckpointWrapper
 from wrappers.modules.offload import OffloadWrapper
 
@@ -217,7 +217,7 @@ def assert_linked(model: nn.Module) -> None:
     for module in model.modules():
         while isinstance(module, ActivationWrapper):
             inner = module._checkpoint_wrapped_module
-            for name in ("_parameters", "_buffers", "_modules", "_state_dict_hooks"):
+            for name in _SHARED:
                 assert module.__dict__[name] is inner.__dict__[name]
             assert "training" not in module.__dict__
             module = inner
@@ -307,10 +307,11 @@ def test_attributes(pair):
         assert not hasattr(unwrap(ours), "note")
         ours.extra = nn.Parameter(torch.zeros(2))
         ours.child = nn.Linear(1, 1)
-        ours.register_buffer("table", torch.zeros(3))
+        ours.register_buffer("table", torch.zeros(3), persistent=False)
         assert unwrap(ours).extra is ours.extra is ours._parameters["extra"]
         assert unwrap(ours).child is ours.child
         assert unwrap(ours).table is ours.table
+        assert "table" not in unwrap(ours).state_dict()
         del ours.extra, ours.child, ours.table
         assert not {"extra", "child", "table"} & {
             *unwrap(ours)._parameters,

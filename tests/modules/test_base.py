@@ -131,11 +131,28 @@ def test_a_method_of_the_inner_class_wins():
     assert list(wrapper.parameters()) == []
 
 
-def test_a_method_set_on_the_instance_wins():
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_apply",
+        "_load_from_state_dict",
+        "_save_to_state_dict",
+        "apply",
+        "extra_repr",
+        "load_state_dict",
+        "requires_grad_",
+        "state_dict",
+        "to",
+        "train",
+        "zero_grad",
+    ],
+)
+def test_a_method_set_on_the_instance_wins(name):
     wrapper = CheckpointWrapper(nn.Linear(1, 1))
-    wrapper.state_dict = lambda: {"replaced": 1}
-    assert "state_dict" in vars(unwrap(wrapper))
-    assert wrapper.state_dict() == {"replaced": 1}
+    setattr(wrapper, name, lambda *args: ("replaced", args))
+    assert name in vars(unwrap(wrapper))
+    assert name not in vars(wrapper)
+    assert getattr(wrapper, name)(7) == ("replaced", (7,))
 
 
 def test_missing_attributes_are_reported_for_the_inner_class():
@@ -260,6 +277,19 @@ def test_data_parallel_replica():
     assert replica._modules is not wrapper._modules
     replica.factor = 3.0
     assert wrapper.factor == 1.0
+
+
+class CopiesItsState(nn.Linear):
+    def __getstate__(self):
+        state = super().__getstate__()
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_clones_are_linked_also_if_the_inner_class_copies_its_containers(clone):
+    wrapper = clone(CheckpointWrapper(CopiesItsState(1, 1)))
+    assert wrapper._parameters is unwrap(wrapper)._parameters
+    assert wrapper.weight is dict(wrapper.named_parameters())["weight"]
 
 
 def test_a_cycle_through_the_wrapper_survives_pickle():
