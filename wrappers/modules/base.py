@@ -158,9 +158,9 @@ class ActivationWrapper(nn.Module, ABC):
         TypeError: ``mod`` is not a module, or the class is abstract.
     """
 
-    #: Never read from or written to the inner module. ``_old_forward`` and ``_hf_hook`` are
-    #: accelerate's: it keeps ``m.forward`` under the first and calls it from a new ``m.forward``.
-    #: If these were the inner module's, the new forward would call itself forever.
+    #: Written to the wrapper itself. ``_old_forward`` and ``_hf_hook`` are accelerate's: it keeps
+    #: ``m.forward`` under the first and calls it from a new ``m.forward``. If these were the inner
+    #: module's, the new forward would call itself forever.
     _own_attributes: ClassVar[frozenset[str]] = frozenset(
         {
             "__class__",
@@ -177,7 +177,7 @@ class ActivationWrapper(nn.Module, ABC):
     def __new__(cls, mod: nn.Module, *args: Any, **kwargs: Any) -> ActivationWrapper:
         """Make an object of the class that fits the inner module's class."""
         require_module(mod)
-        owner_cls: Any = type(_torch.compiled_original(mod) or mod)
+        owner_cls: Any = type(_containers_of(mod))
         names = _overridden(owner_cls)
         wrapper: ActivationWrapper = super().__new__(_specialized(cls, names))
         return wrapper
@@ -191,13 +191,8 @@ class ActivationWrapper(nn.Module, ABC):
         """Call the inner module as a region."""
 
     def _owner(self) -> nn.Module:
-        """The module whose containers and methods stand behind this wrapper.
-
-        It is the inner module; the original where that is the product of torch.compile, whose
-        ``_orig_mod`` would otherwise be a part of every name.
-        """
-        inner = self._checkpoint_wrapped_module
-        return _torch.compiled_original(inner) or inner
+        """The module whose containers and methods stand behind this wrapper."""
+        return _containers_of(self._checkpoint_wrapped_module)
 
     def _link(self) -> None:
         own = self.__dict__
@@ -301,6 +296,15 @@ class ActivationWrapper(nn.Module, ABC):
         inner: Any = self._checkpoint_wrapped_module
         replica._checkpoint_wrapped_module = inner._replicate_for_data_parallel()
         return replica
+
+
+def _containers_of(inner: nn.Module) -> nn.Module:
+    """The inner module; its original where it is the product of torch.compile.
+
+    ``_orig_mod`` would otherwise be a part of every name.
+    """
+    original = _torch.compiled_original(inner)
+    return inner if original is None else original
 
 
 def _read_parametrizations(module: nn.Module) -> None:
