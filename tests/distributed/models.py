@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wrappers import CheckpointImpl, apply_activation_checkpointing, checkpoint_wrapper
+from wrappers import CheckpointImpl
 
 WIDTH = 8
 BATCH = 4
@@ -26,9 +27,9 @@ IMPLS = (CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT)
 
 
 class Block(nn.Module):
-    """Residual MLP with dropout; ``norm`` is a batch norm where buffers are wanted."""
+    """Residual MLP with dropout, and with buffers that a second forward must not update twice."""
 
-    def __init__(self, batch_norm: bool = False) -> None:
+    def __init__(self, batch_norm: bool) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(WIDTH) if batch_norm else nn.LayerNorm(WIDTH)
         self.up = nn.Linear(WIDTH, 2 * WIDTH)
@@ -40,7 +41,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, batch_norm: bool = False) -> None:
+    def __init__(self, batch_norm: bool) -> None:
         super().__init__()
         self.embed = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(Block(batch_norm) for _ in range(NUM_BLOCKS))
@@ -53,7 +54,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def make_model(batch_norm: bool = False) -> Model:
+def make_model(batch_norm: bool = True) -> Model:
     torch.manual_seed(0)
     return Model(batch_norm)
 
@@ -80,28 +81,29 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def single_process_gradients(
-    model: nn.Module, step: Callable[[nn.Module, int], Any]
-) -> dict[str, Tensor]:
-    """The mean over ranks of the gradients that ``step(copy of model, rank)`` leaves."""
-    per_rank = []
-    for rank in range(WORLD_SIZE):
-        replica = copy.deepcopy(model)
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@dataclass
+class Reference:
+    """What a step leaves in a single process: mean gradients, and each rank's buffers."""
+
+    gradients: dict[str, Tensor]
+    buffers: list[dict[str, Tensor]]
+
+
+def single_process(model: nn.Module, step: Callable[[nn.Module, int], Any]) -> Reference:
+    """Run ``step(copy of model, rank)`` for each rank, here, one after the other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a rank: threads would split sums in other places
+    replicas = [copy.deepcopy(model) for _ in range(WORLD_SIZE)]
+    for rank, replica in enumerate(replicas):
         step(replica, rank)
-        per_rank.append(gradients(replica))
-    first, second = per_rank
-    return {name: (first[name] + second[name]) / 2 for name in first}
-
-
-def wrap_blocks(model: Model, impl: CheckpointImpl, inplace: bool = False) -> None:
-    report = apply_activation_checkpointing(
-        model, check_fn=lambda m: isinstance(m, Block), impl=impl, inplace=inplace
-    )
-    assert len(report.wrapped) == NUM_BLOCKS
-
-
-def wrap(module: nn.Module, impl: CheckpointImpl, inplace: bool = False) -> nn.Module:
-    return checkpoint_wrapper(module, impl=impl, inplace=inplace)
+    torch.set_num_threads(num_threads)
+    first, second = map(gradients, replicas)
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    return Reference(mean, [buffers(replica) for replica in replicas])
 
 
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

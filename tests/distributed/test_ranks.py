@@ -1,4 +1,4 @@
-"""The harness itself: a failing, dying or hanging rank fails the test, says why, and is replaced."""
+"""The harness itself: a rank that fails or hangs fails the test, says why, and is replaced."""
 
 from __future__ import annotations
 
