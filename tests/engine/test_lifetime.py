@@ -12,11 +12,13 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import GraphExecGroup as TorchGraphExecGroup
 
 from tests.engine.helpers import (
     IMPLS,
     NO_REENTRANT,
+    REENTRANT,
     Calls,
     assert_equal,
     gradients,
@@ -144,6 +146,21 @@ def test_an_object_argument_dies_with_the_graph(impl):
     out.sum().backward()
     del out
     assert ref() is None
+
+
+@both
+def test_an_object_among_the_outputs_is_not_kept(impl):
+    class Thing:
+        pass
+
+    def region(x):
+        return {"y": x.sin(), "thing": Thing()}
+
+    out = checkpoint(region, leaf(3), impl=impl)
+    y, ref = out["y"], weakref.ref(out["thing"])
+    del out
+    assert ref() is None
+    y.sum().backward()
 
 
 @both
@@ -470,3 +487,17 @@ def test_partial_backward_in_a_group_frees_what_it_used():
         assert watches["a"].expired()
         b.sum().backward()
         assert watches["b"].expired()
+
+
+def test_a_reentrant_rerun_under_hooks_frees_the_branches_that_backward_does_not_take():
+    watches = []
+
+    def two(x):
+        y = x * 2
+        watches.append(watch(y))
+        return y.cos(), y.sin().tanh()
+
+    out, _ = checkpoint(two, leaf(5), impl=REENTRANT)
+    with saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+        out.sum().backward()
+    assert [w.expired() for w in watches] == [True, True]
