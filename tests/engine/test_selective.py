@@ -564,7 +564,7 @@ SDPA = [op for op in dir(aten) if op.startswith("_scaled_dot_product")]
             if op is aten.addmm.default and args[2].shape[1] == 32
             else CheckpointPolicy.PREFER_RECOMPUTE
         ),
-        [aten.addmm, aten.native_layer_norm, aten.gelu, aten.view, aten.t],
+        [getattr(aten, n).default for n in ("addmm", "native_layer_norm", "gelu", "view", "t")],
         [],
     ],
     ids=["addmm", "addmm and attention", "wide addmm", "many", "nothing"],
