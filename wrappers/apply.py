@@ -1,9 +1,9 @@
 """Walk a model, choose modules, wrap them or patch them in place, and report.
 
 Problem: a model is not a tree. A module may stand in several places, may be wrapped or compiled
-already, or be a mere container that nobody calls. torch's walk wraps a shared module once for
-each parent (so its copies of the region differ), the first only of two places in one parent, and
-says nothing about what it did.
+already, or be a mere container that nobody calls. torch's walk makes a wrapper for each parent of
+a shared module, wraps only the first of its two places in one parent, and says nothing about what
+it did.
 
 Idea: three steps. Look: one pass notes every module's FQN and all places where it stands. Choose:
 a predicate or a policy gives the set of modules; what must not be wrapped leaves it with a reason.

@@ -2,8 +2,8 @@
 
 Both faces hold a :class:`~wrappers.engine.region.Region` and do the same at a call:
 
-* while torch.compile traces, the call goes to ``torch.utils.checkpoint``, which it knows;
 * without grad mode the call goes straight to the module: there is nothing to recompute;
+* while torch.compile traces, the call goes to ``torch.utils.checkpoint``, which it knows;
 * else the engine runs the module as a region.
 
 The names and arguments are those of torch's private ``checkpoint_wrapper`` module.
@@ -67,10 +67,10 @@ class _Checkpointing:
     ) -> Any:
         if self.checkpoint_fn is not None:
             return self._run_checkpoint_fn(self.checkpoint_fn, function, args, kwargs)
-        if torch.compiler.is_compiling():
-            return run_compiled(self._region, function, args, kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_compiled(self._region, function, args, kwargs)
         return run_region(self._region, function, args, kwargs, owner)
 
     def _run_checkpoint_fn(
