@@ -717,7 +717,12 @@ def test_flags_are_put_back_when_the_recompute_raises(impl):
 # --- Python's random
 
 
-class LayerDrop(nn.Module):
+def make_layer_drop() -> nn.Module:
+    """A class of its own each time: what calls of one class have shown is remembered."""
+    return type("LayerDrop", (_LayerDrop,), {})()
+
+
+class _LayerDrop(nn.Module):
     """Skips half of its layers, as Python's ``random`` says."""
 
     def __init__(self) -> None:
@@ -735,7 +740,7 @@ class LayerDrop(nn.Module):
 
 def run_layer_drop(run, num_steps: int, silent_steps: int = 0):
     """Gradients of every step, and the state of ``random`` at the end."""
-    module = LayerDrop()
+    module = make_layer_drop()
     random.seed(5)
     results = []
     for step in range(num_steps):
@@ -766,6 +771,40 @@ def test_layer_drop_repeats(impl, num_steps):
 @pytest.mark.parametrize("silent_steps", [1, 2, 63, 100])
 def test_layer_drop_that_is_switched_on_later_repeats(impl, silent_steps):
     assert_equal_layer_drop(impl, silent_steps + 3, silent_steps)
+
+
+@both_impls
+def test_python_random_in_the_second_of_two_modules_of_one_class(impl):
+    def run(call):
+        first = make_layer_drop()
+        second = type(first)()
+        first.enabled = False
+        random.seed(5)
+        x = leaf(2, 4)
+        out = call(second, call(first, x))
+        random.random()
+        out.sum().backward()
+        return [x.grad, *(p.grad for p in second.parameters() if p.grad is not None)]
+
+    plain = run(lambda m, x: m(x))
+    ours = run(lambda m, x: checkpoint(m, x, impl=impl))
+    assert len(ours) == len(plain)
+    assert all(map(torch.equal, ours, plain))
+
+
+@both_impls
+def test_python_random_in_one_of_two_functions_with_the_same_code(impl):
+    def region(x, draws):
+        return (x * random.random()).sin() if draws else x.sin()
+
+    random.seed(5)
+    checkpoint(region, leaf(4), False, impl=impl).sum().backward()
+    state, x = random.getstate(), leaf(4)
+    checkpoint(region, x, True, impl=impl).sum().backward()
+    random.setstate(state)
+    plain = leaf(4)
+    region(plain, True).sum().backward()
+    assert torch.equal(x.grad, plain.grad)
 
 
 @both_impls
