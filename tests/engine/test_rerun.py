@@ -923,3 +923,23 @@ def test_reentrant_inside_and_backward_once_each(outer):
     got = gradients(lambda x: checkpoint(region, x, impl=outer), leaf(5))
     assert inner.num == 3
     assert_equal(got, gradients(lambda x: x.cos().sin().exp().tanh(), leaf(5)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("is_set", [False, True])
+def test_rule_6_a_gradient_that_another_thread_adds_during_a_recompute_is_kept(impl, is_set):
+    module = nn.Linear(3, 3, bias=False)
+    module.weight = nn.Parameter(torch.arange(9.0).reshape(3, 3))
+    if is_set:
+        module.weight.grad = torch.full((3, 3), 5.0)
+
+    def add_from_another_thread(module, args):
+        if is_recomputing():
+            thread = threading.Thread(target=(module.weight * 2).sum().backward)
+            thread.start()
+            thread.join()
+
+    module.register_forward_pre_hook(add_from_another_thread)
+    x = torch.ones(1, 3)
+    checkpoint(module, x.requires_grad_(), impl=impl, early_stop=False).sum().backward()
+    assert torch.equal(module.weight.grad, torch.full((3, 3), 3.0 + 5.0 * is_set))
