@@ -823,6 +823,21 @@ def test_python_random_is_put_back_when_the_recompute_raises(impl):
 
 
 @both_impls
+def test_python_gauss_repeats_whose_every_other_number_is_kept_back(impl):
+    drawn = []
+
+    def region(x):
+        drawn.append(random.gauss(0.0, 1.0))
+        return x.sin().cos()
+
+    random.seed(1)
+    random.gauss(0.0, 1.0)
+    checkpoint(region, leaf(4), impl=impl).sum().backward()
+    checkpoint(region, leaf(4), impl=impl).sum().backward()
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+@both_impls
 def test_python_random_is_left_alone_without_preserve_rng_state(impl):
     drawn = []
 
