@@ -12,6 +12,10 @@ from collections.abc import Iterator
 #: ``determinism_check="values"`` compares at most this many elements of a saved tensor.
 VALUE_SAMPLE_ELEMENTS = 64
 
+#: Buffers up to this size are copied before every forward of a region, in case it changes them;
+#: of larger ones only those that earlier calls have changed.
+BUFFER_COPY_BYTES = 16 * 1024
+
 #: A debug trace keeps at most this many operators; later ones are only counted.
 DEBUG_TRACE_OPERATORS = 20_000
 

@@ -95,6 +95,10 @@ def raw_saved_tensors(node: Any) -> Sequence[SavedTensor]:
     return node._raw_saved_tensors  # type: ignore[no-any-return]
 
 
+#: The number that this thread's next graph node gets.
+next_sequence_number: Callable[[], int] = _autograd._get_sequence_nr
+
+
 # --- Autograd's state -------------------------------------------------------------------
 
 #: Sets this thread's grad mode; 15 times cheaper than the context manager.
@@ -156,6 +160,7 @@ _get_default_dtype = torch.get_default_dtype
 _get_deterministic = _C._get_deterministic_algorithms
 _get_warn_only = _C._get_deterministic_algorithms_warn_only
 _get_priority = _C._get_sdp_priority_order
+_num_function_modes = _C._len_torch_function_stack
 _is_any_autocast_enabled = _C._is_any_autocast_enabled
 
 
@@ -169,7 +174,8 @@ def settings() -> tuple[bool, torch.device | None, tuple[Any, ...]]:
     """
     return (
         _is_any_autocast_enabled(),
-        _device.CURRENT_DEVICE,
+        # Tensor.backward takes the mode off the stack, but leaves this global as it was.
+        _device.CURRENT_DEVICE if _num_function_modes() else None,
         (
             _get_default_dtype(),
             _get_deterministic(),
@@ -201,6 +207,11 @@ has_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """Hide all dispatch modes: what runs under it is not the region's own work."""
     return _disable_current_modes()
+
+
+def version(tensor: Tensor) -> int:
+    """A tensor's version counter; 0 for those born in inference mode, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 # --- Containers -------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class Ambient:
             {kind: (False, now[kind][1]) for kind in now},
         )
         for kind, (enabled, dtype) in wanted.items():
-            if now.get(kind) == (enabled, dtype) and cache == wanted_cache:
+            is_same = now[kind] == (enabled, dtype) and cache == wanted_cache
+            if is_same or not (enabled or now[kind][0]):
                 continue
             context = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=wanted_cache)
             context.__enter__()

@@ -10,6 +10,7 @@ the graph: with backward, or with an output that nobody used.
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Callable
@@ -158,7 +159,8 @@ class Frame:
 
         Args:
             tensors: The input tensors, in the order of :meth:`take_tensors`.
-            set_gradients_aside: Whether ``.grad`` of the parameters is put back afterwards.
+            set_gradients_aside: Whether to put ``.grad`` of parameters and input tensors back
+                after the call: a backward inside the region must not add to them twice.
 
         Returns:
             What the function returned; None if a hook has ended the rerun early.
@@ -170,8 +172,8 @@ class Frame:
             self.ambient.enter(undo)
             if self.module_state is not None:
                 self.module_state.enter(undo, self.fqn)
-                if set_gradients_aside:
-                    self.module_state.set_gradients_aside(undo)
+            if set_gradients_aside:
+                self._set_gradients_aside(tensors, undo)
             args, kwargs = self._rebuild(tensors)
             return self.function(*args, **kwargs)
         except StopRerun as stop:
@@ -182,6 +184,13 @@ class Frame:
             _recomputing.depth -= 1
             leave(undo)
 
+    def _set_gradients_aside(self, tensors: list[Tensor], undo: Undo) -> None:
+        parameters = self.module_state.parameters if self.module_state else ()
+        for tensor in (*tensors, *(parameter for _, _, parameter in parameters)):
+            if tensor.is_leaf and tensor.requires_grad:
+                undo.append(functools.partial(setattr, tensor, "grad", tensor.grad))
+                tensor.grad = None
+
     def explain_changed_input(self, index: int, cause: RuntimeError) -> RuntimeError:
         """Turn autograd's complaint about an input's version into an error that names it."""
         if isinstance(cause, CheckpointError) or "inplace" not in str(cause):
@@ -190,7 +199,7 @@ class Frame:
         return InputChangedError(
             f"region `{self.fqn}`: {name} was changed in place after the forward had read it, so "
             "the recompute would start from other values. Pass a copy, or make the change out of "
-            f"place. Autograd says: {cause}",
+            f"place. The cause: {cause}",
             fqn=self.fqn,
             tensor=name,
         )

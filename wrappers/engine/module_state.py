@@ -11,10 +11,11 @@ others, or use weights that an optimizer has changed since. So before a rerun
 * parameters and buffers that are other objects now are replaced by the forward's;
 * a parameter that was changed in place is an error that names it.
 
-Copies cost time, so a module's first call in each mode copies all buffers, finds out which of
-them change (by value too: batch norm writes without moving the version counter), and from
-then on only these are copied. A buffer that changes for the first time later is seen by its
-version counter and copied from the next call on.
+Copies cost time, so of the large buffers only those are copied which calls change. What a
+call changes is found out when the tree's modes are new: all buffers are copied then, and
+compared by value, as batch norm writes without moving the version counter. A large buffer that
+changes for the first time later is seen by its version counter: there is no copy to recompute
+from, so that backward raises, and the next call copies it.
 
 Parameters below an FSDP module inside the region are left alone: FSDP swaps them on purpose.
 """
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrappers import _torch
+from wrappers import _knobs, _torch
 from wrappers.engine.ambient import Undo
 from wrappers.errors import InputChangedError
 
@@ -42,7 +43,8 @@ class _Learned:
     __slots__ = ("changing", "modes")
 
     def __init__(self) -> None:
-        self.modes: set[bool] = set()
+        #: The ``training`` flags of the whole tree in calls whose changes are known.
+        self.modes: set[tuple[bool, ...]] = set()
         #: Buffers that calls change, as (id of the ``_buffers`` dict, name).
         self.changing: set[tuple[int, str]] = set()
 
@@ -51,15 +53,17 @@ _learned: weakref.WeakKeyDictionary[nn.Module, _Learned] = weakref.WeakKeyDictio
 
 
 class _Buffer:
-    __slots__ = ("before", "holder", "name", "tensor", "version")
+    __slots__ = ("before", "holder", "is_lost", "name", "tensor", "version")
 
     def __init__(self, holder: _Dict, name: str, tensor: Tensor) -> None:
         self.holder = holder
         self.name = name
         self.tensor = tensor
-        self.version = tensor._version
+        self.version = _torch.version(tensor)
         #: A copy of the value before the forward, while the tensor may change or has changed.
         self.before: Tensor | None = None
+        #: Whether the value before the forward is not known any more.
+        self.is_lost = False
 
 
 class ModuleState:
@@ -69,7 +73,16 @@ class ModuleState:
         module: Root of the tree: what the region calls.
     """
 
-    __slots__ = ("_learned", "_restored", "_versions", "buffers", "modes", "module", "parameters")
+    __slots__ = (
+        "_is_first",
+        "_learned",
+        "_restored",
+        "_versions",
+        "buffers",
+        "modes",
+        "module",
+        "parameters",
+    )
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -85,6 +98,8 @@ class ModuleState:
     def _collect(self, module: nn.Module, fsdp_types: tuple[type, ...] | None) -> None:
         """Walk the tree; ``fsdp_types`` is None below an FSDP module."""
         self.modes.append((module, module.training))
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # Its containers are views that TorchScript makes anew at each look.
         if fsdp_types and isinstance(module, fsdp_types):
             fsdp_types = None
         if fsdp_types is not None:
@@ -105,8 +120,15 @@ class ModuleState:
         if learned is None:
             learned = _learned[self.module] = _Learned()
         self._learned = learned
-        is_first = self.module.training not in learned.modes
-        chosen = [b for b in self.buffers if is_first or (id(b.holder), b.name) in learned.changing]
+        self._is_first = tuple([training for _, training in self.modes]) not in learned.modes
+        limit = _knobs.BUFFER_COPY_BYTES
+        chosen = [
+            b
+            for b in self.buffers
+            if self._is_first
+            or b.tensor.numel() * b.tensor.element_size() <= limit
+            or (id(b.holder), b.name) in learned.changing
+        ]
         if chosen:
             with _hidden():
                 for buffer in chosen:
@@ -114,20 +136,19 @@ class ModuleState:
 
     def finish(self) -> None:
         """Note, at the end of the forward, what it has changed."""
-        with contextlib.suppress(RuntimeError):  # tensors born in inference mode have no version
-            self._versions = [parameter._version for _, _, parameter in self.parameters]
+        self._versions = [_torch.version(parameter) for _, _, parameter in self.parameters]
         if not self.buffers:
             return
         learned = self._learned
-        is_first = self.module.training not in learned.modes
         for buffer in self.buffers:
-            if buffer.tensor._version != buffer.version or (
-                is_first and not _is_equal(buffer.before, buffer.tensor)
+            if _torch.version(buffer.tensor) != buffer.version or (
+                self._is_first and not _is_equal(buffer.before, buffer.tensor)
             ):
                 learned.changing.add((id(buffer.holder), buffer.name))
-            elif is_first:
+                buffer.is_lost = buffer.before is None
+            elif (id(buffer.holder), buffer.name) not in learned.changing:
                 buffer.before = None
-        learned.modes.add(self.module.training)
+        learned.modes.add(tuple([training for _, training in self.modes]))
 
     def enter(self, undo: Undo, fqn: str) -> None:
         """Give the module the forward's state.
@@ -137,11 +158,12 @@ class ModuleState:
             fqn: Name of the region, for the error.
 
         Raises:
-            InputChangedError: A parameter was changed in place since the forward.
+            InputChangedError: A parameter was changed in place since the forward, or a large
+                buffer by the forward, for the first time.
         """
         if self._versions is not None:
             for (_, _, parameter), version in zip(self.parameters, self._versions, strict=True):
-                if parameter._version != version:
+                if _torch.version(parameter) != version:
                     raise self._changed(parameter, fqn)
         for module, training in self.modes:
             if module.training is not training:
@@ -152,6 +174,8 @@ class ModuleState:
                 _swap(holder, name, parameter, undo)
         for buffer in self.buffers:
             tensor = buffer.tensor
+            if buffer.is_lost:
+                raise self._lost(buffer, fqn)
             if buffer.before is not None:
                 with _hidden():
                     tensor = buffer.before.clone()
@@ -160,13 +184,6 @@ class ModuleState:
                 _swap(buffer.holder, buffer.name, tensor, undo)
         if self._restored:
             undo.append(self._restored.clear)
-
-    def set_gradients_aside(self, undo: Undo) -> None:
-        """Hide ``.grad`` of all parameters: a backward inside the region must not add twice."""
-        for _, _, parameter in self.parameters:
-            if parameter.is_leaf and parameter.requires_grad:
-                undo.append(partial(setattr, parameter, "grad", parameter.grad))
-                parameter.grad = None
 
     def is_restored(self, tensor: Tensor) -> bool:
         """Whether a tensor is a view of a copy that stands in for a buffer right now."""
@@ -182,6 +199,17 @@ class ModuleState:
                 if _torch.is_same_storage(tensor, candidate):
                     return f"{kind} `{name}`"
         return ""
+
+    def _lost(self, buffer: _Buffer, fqn: str) -> InputChangedError:
+        name = self.name_of(buffer.tensor) or f"buffer `{buffer.name}`"
+        return InputChangedError(
+            f"region `{fqn}`: the forward changed {name} in place for the first time, and the value "
+            f"from before is lost (buffers over {_knobs.BUFFER_COPY_BYTES} bytes are copied only "
+            "once they are known to change). This step has no right gradient; the next has. Or "
+            "change the buffer in the region's first call already.",
+            fqn=fqn,
+            tensor=name,
+        )
 
     def _changed(self, parameter: Tensor, fqn: str) -> InputChangedError:
         name = self.name_of(parameter) or "a parameter"

@@ -90,7 +90,8 @@ class _ReentrantFrame(Frame):
         if is_in_region:  # Rule 3: as if no region were active.
             _torch.push_saved_tensors_hooks(_identity, _identity)
         try:
-            outputs, _ = _tree.flatten(self.rerun(inputs))
+            # A backward inside the region leaves no trace in forward: expect one.
+            outputs, _ = _tree.flatten(self.rerun(inputs, set_gradients_aside=True))
             self._backward(outputs, grads)
         finally:
             if is_in_region:

@@ -16,7 +16,9 @@
 [4] Tensors are stored without their graph. The graph that the rerun builds is never used,
     unless the function runs a backward itself; then the fill hook's own result serves it.
 [5] By an exception through the function's frames (rule 5). It is made anew each time: one
-    shared instance would collect tracebacks and get slower with every raise.
+    shared instance would collect tracebacks and get slower with every raise. A raise through
+    C++ costs some 20 us, so it is left out where nothing is left to stop: the operator that
+    saves is done, as it saves its output, and this output is what the region returns.
 [6] The slot is empty again, also with ``retain_graph=True`` (rule 4).
 
 [Note: hooks are closures]
@@ -47,9 +49,11 @@ from wrappers.errors import CheckpointError, InputChangedError, RecomputeMismatc
 class _Slot:
     """The place of one saved tensor. ``value`` exists only between fill and unpack."""
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "value", "version")
 
     value: Tensor
+    #: The value's version counter when it was saved.
+    version: int
 
 
 class _PlainInput:
@@ -59,15 +63,21 @@ class _PlainInput:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self._version = tensor._version
+        self._version = _torch.version(tensor)
 
     def unpack(self) -> Tensor:
-        if self._tensor._version != self._version:
+        version = _torch.version(self._tensor)
+        if version != self._version:
             raise RuntimeError(
                 "a variable needed for the recompute has been modified by an inplace operation: "
-                f"it is at version {self._tensor._version}, expected {self._version}"
+                f"it is at version {version}, expected {self._version}"
             )
         return self._tensor
+
+
+def _save(tensor: Tensor) -> _torch.SavedTensor:
+    # Autograd refuses to save what was born in inference mode, and nothing else could hide it.
+    return _PlainInput(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
 
 
 def _identity(value: Any) -> Any:
@@ -80,11 +90,10 @@ class RerunFrame(Frame):
     __slots__ = (
         "_describe",
         "_early_stop",
-        "_ends_with_slot",
         "_group",
         "_inputs",
         "_is_forward_over",
-        "_last_id",
+        "_num_nodes",
         "_recompute_context",
         "_trace",
         "_uses_backward",
@@ -101,15 +110,17 @@ class RerunFrame(Frame):
         owner: nn.Module | None,
     ) -> None:
         super().__init__(region, function, args, kwargs, owner)
-        save = _torch.make_saved_tensor if _torch.has_saved_tensors_hooks() else _PlainInput
-        self._inputs = [save(tensor) for tensor in self.take_tensors()]
+        self._inputs: list[_torch.SavedTensor]
+        if _torch.has_saved_tensors_hooks():
+            self._inputs = [_save(tensor) for tensor in self.take_tensors()]
+        else:
+            self._inputs = [_PlainInput(tensor) for tensor in self.take_tensors()]
         self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
         self._early_stop = region.is_early_stop
         self._trace = verify.DebugTrace() if region.is_debug else None
         self._recompute_context: contextlib.AbstractContextManager[Any] | None = None
         self._is_forward_over = False
-        self._ends_with_slot = False
-        self._last_id = 0
+        self._num_nodes = 0
         self._uses_backward = False
         self._group: weakref.ref[Any] | None = None
         self.slots: list[weakref.ref[_Slot]] = []
@@ -120,6 +131,7 @@ class RerunFrame(Frame):
     def run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function so that the graph keeps slots where it would keep tensors."""
         context_fn = self.region.context_fn
+        start = _torch.next_sequence_number()
         if context_fn is noop_context_fn and self._trace is None:
             _torch.push_saved_tensors_hooks(self._make_pack(), self._unpack)
             try:
@@ -129,9 +141,33 @@ class RerunFrame(Frame):
         else:
             out = self._run_forward_in_context(args, kwargs)
         self._is_forward_over = True
-        self._ends_with_slot = id(out) == self._last_id
+        self._note_end(out, start)
         self.finish_forward()
         return out
+
+    def _note_end(self, out: Any, start: int) -> None:
+        """Note how many graph nodes the forward made, if the last of them made the output.
+
+        A rerun that saves the output of this node has nothing left to do. See [5].
+        """
+        node = out.grad_fn if isinstance(out, Tensor) else None
+        if node is not None:
+            end = _torch.next_sequence_number()
+            if node._sequence_nr() == end - 1:
+                self._num_nodes = end - start
+
+    def is_at_end(self, saved: Tensor, start: int) -> bool:
+        """Whether a rerun has nothing left to do when it saves this tensor.
+
+        Args:
+            saved: What the running operator saves, as its hook sees it.
+            start: Number of the first graph node of the rerun.
+        """
+        node = saved.grad_fn
+        last = _torch.next_sequence_number() - 1
+        return (
+            node is not None and node._sequence_nr() == last and last - start + 1 == self._num_nodes
+        )
 
     def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context, self._recompute_context = self.region.context_fn()
@@ -158,7 +194,6 @@ class RerunFrame(Frame):
         add_slot, add_description, ref = self.slots.append, self.described.append, weakref.ref
 
         def pack(tensor: Tensor) -> _Slot:
-            self._last_id = id(tensor)
             slot = _Slot()
             add_slot(ref(slot))
             if describe is verify.describe:
@@ -182,6 +217,14 @@ class RerunFrame(Frame):
             self._recompute()
             value = slot.value
         del slot.value
+        if value._version != slot.version:
+            raise CheckpointError(
+                f"region `{self.fqn}`: one of the variables needed for gradient computation has "
+                f"been modified by an inplace operation: {verify.to_text(verify.describe(value))} "
+                f"is at version {value._version}, an operator of the region had saved it at "
+                f"version {slot.version}. The region would fail without checkpointing too.",
+                fqn=self.fqn,
+            )
         return value
 
     def _last_needed(self) -> int:
@@ -192,16 +235,6 @@ class RerunFrame(Frame):
             if slot is not None and not hasattr(slot, "value"):
                 return index
         raise AssertionError("a recompute was asked for although no slot is empty")
-
-    def stop_after(self, last: int) -> int:
-        """Position of the slot after which a rerun is stopped. See [5] in the diagram.
-
-        If the tensor in the last slot is what the region returns, then its operator is done
-        and the function is about to return: a raise through C++ frames would cost 10 to 30 us
-        and save nothing.
-        """
-        is_at_end = self._ends_with_slot and last == len(self.slots) - 1
-        return last if self._early_stop and not is_at_end else sys.maxsize
 
     def _recompute(self) -> None:
         """Fill every slot that is alive and empty."""
@@ -356,15 +389,18 @@ class _Fill:
         frame = self._frame
         slots, described, check = frame.slots, frame.described, frame._describe is not None
         num_slots = len(slots)
-        stop_after = frame.stop_after(last)
+        stop_after = last if frame._early_stop else sys.maxsize
+        start = _torch.next_sequence_number()
         count = 0
 
         def pack(tensor: Tensor) -> Tensor:
             nonlocal count
             index = count
             count += 1
+            saved = tensor
             if tensor.requires_grad:
                 tensor = tensor.detach()
+            version = tensor._version
             if index < num_slots:
                 slot = slots[index]()
                 if slot is not None:
@@ -374,14 +410,15 @@ class _Fill:
                                 tensor.shape,
                                 tensor.dtype,
                                 tensor.device,
-                                tensor._version,
+                                version,
                             )
                         except RuntimeError:  # a tensor without a shape
                             is_same = False
                         if not is_same:
                             self._look_closer(index, tensor)
                     slot.value = tensor
-            if index >= stop_after:
+                    slot.version = version
+            if index >= stop_after and not (index == last and frame.is_at_end(saved, start)):
                 raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
             return tensor
 

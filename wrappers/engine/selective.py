@@ -88,16 +88,16 @@ class _KeepMode(_torch.TorchDispatchMode):
         policy = self._policy(context, func, *args, **kwargs)
         if isinstance(policy, bool):
             policy = policy_from_bool(policy)
+        if not isinstance(policy, CheckpointPolicy):
+            raise TypeError(
+                f"the policy function must return a CheckpointPolicy or a bool; for {func} it "
+                f"returned {policy!r}"
+            )
         entry = _RECOMPUTE
         if policy in _SAVE:
             entry = _Kept(out, offload=False)
         elif policy in _OFFLOAD:
             entry = _Kept(out, offload=True)
-        elif not isinstance(policy, CheckpointPolicy):
-            raise TypeError(
-                f"the policy function must return a CheckpointPolicy or a bool; for {func} it "
-                f"returned {policy!r}"
-            )
         outputs = self._outputs.get(func)
         if outputs is None:
             outputs = self._outputs[func] = []
