@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -248,6 +249,25 @@ def _fsdp_types() -> tuple[type, ...]:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return (FSDPModule, FullyShardedDataParallel)
+
+
+def share_fsdp_state(module: torch.nn.Module, wrapper: torch.nn.Module) -> None:
+    """Let FSDP know a wrapper as the module inside, if it manages that one.
+
+    A parent's FSDP walks children and would otherwise shard the parameters a second time.
+    """
+    if isinstance(module, fsdp_types()):
+        from torch.distributed import _composable_state as states
+
+        state = states._get_module_state(module)
+        if state is not None:
+            states._module_state_mapping[wrapper] = weakref.ref(state)
+
+
+def is_in_fsdp_backward(module: torch.nn.Module) -> bool:
+    """Whether FSDP2 is between the start of a module's backward and the end of the root's."""
+    get_state: Any = getattr(module, "_get_fsdp_state", None)  # FSDP1 modules have none
+    return get_state is not None and get_state()._training_state.name == "PRE_BACKWARD"
 
 
 _Class = TypeVar("_Class", bound=type)

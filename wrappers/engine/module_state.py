@@ -79,6 +79,7 @@ class ModuleState:
         "_restored",
         "_versions",
         "buffers",
+        "fsdp_modules",
         "modes",
         "module",
         "parameters",
@@ -87,6 +88,7 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.modes: list[tuple[nn.Module, bool]] = []
+        self.fsdp_modules: list[nn.Module] = []
         self.parameters: list[tuple[_Dict, str, Tensor]] = []
         self.buffers: list[_Buffer] = []
         self._versions: list[int] | None = None
@@ -101,6 +103,7 @@ class ModuleState:
         if isinstance(module, torch.jit.ScriptModule):
             return  # Its containers are views that TorchScript makes anew at each look.
         if fsdp_types and isinstance(module, fsdp_types):
+            self.fsdp_modules.append(module)
             fsdp_types = None
         if fsdp_types is not None:
             parameters: _Dict = module._parameters
@@ -203,8 +206,8 @@ class ModuleState:
     def _lost(self, buffer: _Buffer, fqn: str) -> InputChangedError:
         name = self.name_of(buffer.tensor) or f"buffer `{buffer.name}`"
         return InputChangedError(
-            f"region `{fqn}`: the forward changed {name} in place for the first time, and the value "
-            f"from before is lost (buffers over {_knobs.BUFFER_COPY_BYTES} bytes are copied only "
+            f"region `{fqn}`: the forward changed {name} in place for the first time, and the "
+            f"value from before is lost (buffers over {_knobs.BUFFER_COPY_BYTES} bytes are copied only "
             "once they are known to change). This step has no right gradient; the next has. Or "
             "change the buffer in the region's first call already.",
             fqn=fqn,

@@ -82,6 +82,7 @@ class _ReentrantFrame(Frame):
         """
         if torch.is_grad_enabled() or not _torch.is_reentrant_backward_allowed():
             raise self._unsupported_backward()
+        self._require_fsdp_to_reduce()
         try:
             inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         except RuntimeError as error:
@@ -118,6 +119,26 @@ class _ReentrantFrame(Frame):
                 fqn=self.fqn,
             )
         _torch.run_backward(roots, root_grads)
+
+    def _require_fsdp_to_reduce(self) -> None:
+        """Refuse a second rerun of an FSDP module in one backward: its gradient would be lost.
+
+        The first rerun starts the module's backward for FSDP2, which takes every later one, until
+        the root's backward is over, for a part of that and reduces nothing.
+        """
+        state = self.module_state
+        if state is None or not state.fsdp_modules:
+            return
+        # A region around a module's forward alone leaves the module's hooks outside.
+        outside = None if self.function is state.module else state.module
+        if any(_torch.is_in_fsdp_backward(m) for m in state.fsdp_modules if m is not outside):
+            raise CheckpointError(
+                f"region `{self.fqn}`: a REENTRANT region around an FSDP module was called twice "
+                "before this backward, and FSDP would lose the gradients of one call. Use "
+                "CheckpointImpl.NO_REENTRANT, or put FSDP outside of the region: "
+                "fully_shard(checkpoint_wrapper(module)), or inplace=True.",
+                fqn=self.fqn,
+            )
 
     def _unsupported_backward(self) -> CheckpointError:
         what = (

@@ -200,6 +200,7 @@ class ActivationWrapper(nn.Module, ABC):
         for name in _SHARED:
             own[name] = getattr(owner, name)
         own.pop("training", None)
+        _torch.share_fsdp_state(owner, self)
 
     # --- Attributes ---------------------------------------------------------------------
 
