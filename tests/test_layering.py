@@ -26,6 +26,7 @@ LEVELS = {
     "_torch": 0,
     "_tree": 1,
     "_device": 1,
+    "_random": 1,
     "engine": 2,
     "offload": 2,
     "modules": 3,
@@ -302,7 +303,18 @@ def test_the_one_file_does_branch():
 
 # --- What is imported
 
-CORE = ("errors", "policy", "_knobs", "_torch", "_device", "_tree", "engine", "offload", "modules")
+CORE = (
+    "errors",
+    "policy",
+    "_knobs",
+    "_torch",
+    "_device",
+    "_random",
+    "_tree",
+    "engine",
+    "offload",
+    "modules",
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: NAMES[p] or "wrappers")

@@ -165,6 +165,14 @@ _num_function_modes = _C._len_torch_function_stack
 _is_any_autocast_enabled = _C._is_any_autocast_enabled
 
 
+def _default_device() -> torch.device | None:
+    """The device of the innermost mode that sets one; ``with torch.device`` sets no global."""
+    for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+        if isinstance(mode, _device.DeviceContext):
+            return mode.device
+    return None
+
+
 def settings() -> tuple[bool, torch.device | None, tuple[Any, ...]]:
     """Take the settings outside of a region that change what its operators do.
 
@@ -175,8 +183,7 @@ def settings() -> tuple[bool, torch.device | None, tuple[Any, ...]]:
     """
     return (
         _is_any_autocast_enabled(),
-        # Tensor.backward takes the mode off the stack, but leaves this global as it was.
-        _device.CURRENT_DEVICE if _num_function_modes() else None,
+        _default_device() if _num_function_modes() else None,
         (
             _get_default_dtype(),
             _get_deterministic(),

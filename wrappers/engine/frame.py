@@ -11,7 +11,6 @@ the graph: with backward, or with an output that nobody used.
 from __future__ import annotations
 
 import functools
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +69,30 @@ class StopRerun(BaseException):
         return stop
 
 
+def detach(tensor: Tensor) -> Tensor:
+    """A leaf of its own with the same memory, version counter and ``requires_grad``."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _Gradients:
+    """The gradients that some leaves have at one moment."""
+
+    __slots__ = ("_grads", "_leaves", "_versions")
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self._leaves = leaves
+        self._grads = grads = [leaf.grad for leaf in leaves]
+        self._versions = [None if grad is None else grad._version for grad in grads]
+
+    def have_changed(self) -> bool:
+        """Whether a leaf has another gradient now, or something was added to its gradient."""
+        for leaf, before, version in zip(self._leaves, self._grads, self._versions, strict=True):
+            grad = leaf.grad
+            if grad is not before or (grad is not None and grad._version != version):
+                return True
+        return False
+
+
 class Frame:
     """One forward execution of a region.
 
@@ -81,18 +104,22 @@ class Frame:
         owner: The module whose state the function uses; found out if not given.
 
     Attributes:
+        runs_backward: Whether the forward has run a backward, as far as can be seen: it added to
+            the gradient of a parameter or of an input, or it has needed a recompute itself.
         tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
     """
 
     __slots__ = (
         "__weakref__",
-        "_probing",
+        "_gradients",
+        "_is_probe",
         "_rebuild",
         "ambient",
         "function",
         "module_state",
         "num_inputs",
         "region",
+        "runs_backward",
         "tensors",
     )
 
@@ -110,16 +137,19 @@ class Frame:
         self.num_inputs = len(self.tensors)
         owner = owner or _owner(function)
         self.module_state = None if owner is None else ModuleState(owner)
-        habits = region.habits
-        probing = habits.should_probe(None if owner is None else owner.training)
-        self._probing = probing
-        if region.preserve_rng_state or probing:
-            self.ambient = Ambient(
-                _device.rng_devices(self.tensors),
-                python_random=region.preserve_rng_state and (probing or habits.uses_python_random),
-            )
-        else:
-            self.ambient = Ambient(None)
+        self.runs_backward = False
+        self._gradients = self._take_gradients()
+        self._is_probe = not region.preserve_rng_state and region.habits.should_probe(
+            None if owner is None else owner.training
+        )
+        takes_rng = region.preserve_rng_state or self._is_probe
+        self.ambient = Ambient(_device.rng_devices(self.tensors) if takes_rng else None)
+
+    def _take_gradients(self) -> _Gradients | None:
+        leaves = [tensor for tensor in self.tensors if tensor.is_leaf and tensor.requires_grad]
+        if self.module_state is not None:
+            leaves += self.module_state.trainable_leaves()
+        return _Gradients(leaves) if leaves else None
 
     @property
     def fqn(self) -> str:
@@ -135,32 +165,25 @@ class Frame:
         """Note what the forward has changed; to be called when the function has returned."""
         if self.module_state is not None:
             self.module_state.finish()
-        if self._probing:
-            self._finish_probe()
+        if self._gradients is not None:
+            self.runs_backward = self.runs_backward or self._gradients.have_changed()
+            self._gradients = None
+        if self._is_probe:
+            if self.ambient.has_drawn():
+                self.region.habits.warn_random(self.fqn)
+            self.ambient.forget_rng()
+        elif self.ambient.python_random is not None:
+            self.ambient.forget_python_random()
 
-    def _finish_probe(self) -> None:
-        """Keep the random states only if the region drew from them or wants them kept."""
-        region, ambient = self.region, self.ambient
-        if not region.preserve_rng_state:
-            if not ambient.is_rng_unchanged():
-                region.habits.warn_random(region.fqn)
-            ambient.cpu_rng, ambient.device_rng = None, []
-        elif not region.habits.uses_python_random:
-            if random.getstate() == ambient.python_random:
-                ambient.python_random = None
-            else:
-                region.habits.uses_python_random = True
-
-    def rerun(self, tensors: list[Tensor], *, set_gradients_aside: bool = False) -> Any:
+    def rerun(self, tensors: list[Tensor]) -> Any:
         """Call the function again, on these tensors, as forward found the world.
 
         Grad mode is on in the call. Whatever was changed for the call is put back, also when
-        the function raises.
+        the function raises. A backward inside the region does not add to the parameters'
+        gradients again; what it adds to ``tensors`` is the caller's to deal with.
 
         Args:
             tensors: The input tensors, in the order of :meth:`take_tensors`.
-            set_gradients_aside: Whether to put ``.grad`` of parameters and input tensors back
-                after the call: a backward inside the region must not add to them twice.
 
         Returns:
             What the function returned; None if a hook has ended the rerun early.
@@ -172,8 +195,8 @@ class Frame:
             self.ambient.enter(undo)
             if self.module_state is not None:
                 self.module_state.enter(undo, self.fqn)
-            if set_gradients_aside:
-                self._set_gradients_aside(tensors, undo)
+            if self.runs_backward:  # Only then: what other threads add meanwhile would be lost.
+                self._set_gradients_aside(undo)
             args, kwargs = self._rebuild(tensors)
             return self.function(*args, **kwargs)
         except StopRerun as stop:
@@ -184,12 +207,10 @@ class Frame:
             _recomputing.depth -= 1
             leave(undo)
 
-    def _set_gradients_aside(self, tensors: list[Tensor], undo: Undo) -> None:
-        parameters = self.module_state.parameters if self.module_state else ()
-        for tensor in (*tensors, *(parameter for _, _, parameter in parameters)):
-            if tensor.is_leaf and tensor.requires_grad:
-                undo.append(functools.partial(setattr, tensor, "grad", tensor.grad))
-                tensor.grad = None
+    def _set_gradients_aside(self, undo: Undo) -> None:
+        for leaf in self.module_state.trainable_leaves() if self.module_state else ():
+            undo.append(functools.partial(setattr, leaf, "grad", leaf.grad))
+            leaf.grad = None
 
     def explain_changed_input(self, index: int, cause: RuntimeError) -> RuntimeError:
         """Turn autograd's complaint about an input's version into an error that names it."""

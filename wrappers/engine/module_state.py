@@ -188,6 +188,10 @@ class ModuleState:
         if self._restored:
             undo.append(self._restored.clear)
 
+    def trainable_leaves(self) -> list[Tensor]:
+        """The parameters that a backward adds gradients to."""
+        return [p for _, _, p in self.parameters if p.is_leaf and p.requires_grad]
+
     def is_restored(self, tensor: Tensor) -> bool:
         """Whether a tensor is a view of a copy that stands in for a buffer right now."""
         return any(_torch.is_same_storage(tensor, restored) for restored in self._restored)
@@ -206,10 +210,10 @@ class ModuleState:
     def _lost(self, buffer: _Buffer, fqn: str) -> InputChangedError:
         name = self.name_of(buffer.tensor) or f"buffer `{buffer.name}`"
         return InputChangedError(
-            f"region `{fqn}`: the forward changed {name} in place for the first time, and the "
-            f"value from before is lost (buffers over {_knobs.BUFFER_COPY_BYTES} bytes are copied only "
-            "once they are known to change). This step has no right gradient; the next has. Or "
-            "change the buffer in the region's first call already.",
+            f"region `{fqn}`: the forward changed {name} in place for the first time, and its "
+            f"value from before is lost: buffers over {_knobs.BUFFER_COPY_BYTES} bytes are copied "
+            "only once they are known to change. This step has no right gradient, the next has. "
+            "To lose none, change the buffer in the region's first call already.",
             fqn=fqn,
             tensor=name,
         )

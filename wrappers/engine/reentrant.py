@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wrappers import _torch, _tree
-from wrappers.engine.frame import Frame, Function
+from wrappers.engine.frame import Frame, Function, detach
 from wrappers.engine.region import Region
 from wrappers.engine.rerun import run_no_reentrant
 from wrappers.errors import CheckpointError
@@ -48,10 +48,7 @@ def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """
     if not isinstance(inputs, tuple):
         raise TypeError(f"detach_variable needs a tuple, got {type(inputs).__name__}")
-    return tuple(
-        value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-        for value in inputs
-    )
+    return tuple(detach(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
 class _ReentrantFrame(Frame):
@@ -84,15 +81,17 @@ class _ReentrantFrame(Frame):
             raise self._unsupported_backward()
         self._require_fsdp_to_reduce()
         try:
-            inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+            inputs = [detach(tensor) for tensor in ctx.saved_tensors]
         except RuntimeError as error:
             raise self.explain_changed_input(_first_changed(ctx), error) from error
         is_in_region = _torch.has_saved_tensors_hooks()
         if is_in_region:  # Rule 3: as if no region were active.
-            _torch.push_saved_tensors_hooks(_identity, _identity)
+            _torch.push_saved_tensors_hooks(Tensor.detach, _identity)
         try:
-            # A backward inside the region leaves no trace in forward: expect one.
-            outputs, _ = _tree.flatten(self.rerun(inputs, set_gradients_aside=True))
+            outputs, _ = _tree.flatten(self.rerun(inputs))
+            if self.runs_backward:  # It has added to the gradients in forward already.
+                for tensor in inputs:
+                    tensor.grad = None
             self._backward(outputs, grads)
         finally:
             if is_in_region:

@@ -1,9 +1,8 @@
 """The settings of one region, checked once, and the switches that override them.
 
 A :class:`Region` is made once for a wrapped module and used for all its calls, so nothing
-that stays the same is worked out again. Its :class:`Habits` are what calls have shown about
-it: whether it draws from Python's ``random`` (taking that state costs nine microseconds, so
-only regions that use it pay) and whether the user has been warned.
+that stays the same is worked out again. Its :class:`Habits` remember when its calls were last
+looked at, and whether the user has been warned.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ContextFn = Callable[
     [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 ]
 
-#: Every so many calls a region is looked at again for what it draws from Python's ``random``.
+#: Every so many calls a region without preserve_rng_state is looked at for what it draws.
 _PROBE_EVERY_CALLS = 64
 
 
@@ -32,22 +31,17 @@ def noop_context_fn() -> tuple[
 
 
 class Habits:
-    """What the calls of a region have shown so far.
+    """What is remembered between the calls of a region that does not preserve random state."""
 
-    Attributes:
-        uses_python_random: Whether a call has drawn from Python's ``random``.
-    """
-
-    __slots__ = ("_calls", "_has_warned", "_last_mode", "uses_python_random")
+    __slots__ = ("_calls", "_has_warned", "_last_mode")
 
     def __init__(self) -> None:
-        self.uses_python_random = False
         self._calls = 0
         self._last_mode: object = self
         self._has_warned = False
 
     def should_probe(self, mode: object) -> bool:
-        """Count a call; tell whether to find out what random state it uses.
+        """Count a call; tell whether to find out if it draws random numbers.
 
         Args:
             mode: The ``training`` flag of what is called, if it has one. A change of mode is

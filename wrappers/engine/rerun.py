@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from wrappers import _torch
 from wrappers.engine import verify
-from wrappers.engine.frame import Frame, Function, StopRerun
+from wrappers.engine.frame import Frame, Function, StopRerun, detach
 from wrappers.engine.region import Region, noop_context_fn
 from wrappers.errors import CheckpointError, InputChangedError, RecomputeMismatchError
 
@@ -91,12 +91,12 @@ class RerunFrame(Frame):
         "_describe",
         "_early_stop",
         "_group",
+        "_input_versions",
         "_inputs",
         "_is_forward_over",
         "_num_nodes",
         "_recompute_context",
         "_trace",
-        "_uses_backward",
         "described",
         "slots",
     )
@@ -111,7 +111,9 @@ class RerunFrame(Frame):
     ) -> None:
         super().__init__(region, function, args, kwargs, owner)
         self._inputs: list[_torch.SavedTensor]
+        self._input_versions: list[int] = []
         if _torch.has_saved_tensors_hooks():
+            self._input_versions = [_torch.version(tensor) for tensor in self.tensors]
             self._inputs = [_save(tensor) for tensor in self.take_tensors()]
         else:
             self._inputs = [_PlainInput(tensor) for tensor in self.take_tensors()]
@@ -121,7 +123,6 @@ class RerunFrame(Frame):
         self._recompute_context: contextlib.AbstractContextManager[Any] | None = None
         self._is_forward_over = False
         self._num_nodes = 0
-        self._uses_backward = False
         self._group: weakref.ref[Any] | None = None
         self.slots: list[weakref.ref[_Slot]] = []
         self.described: list[verify.Description] = []
@@ -227,6 +228,24 @@ class RerunFrame(Frame):
             )
         return value
 
+    def may_differ(self, tensor: Tensor, difference: int, inputs: list[tuple[Tensor, int]]) -> bool:
+        """Whether it is right that the versions of a saved tensor differ between the runs.
+
+        Args:
+            tensor: What the rerun saves.
+            difference: How much higher its version is than the forward's.
+            inputs: The rerun's input tensors and the versions that they started with.
+        """
+        if getattr(self._recompute_context, "allows_mutation", False):
+            return True
+        if self.module_state is not None and self.module_state.is_restored(tensor):
+            return True
+        # Hooks around the region may bring its inputs back with other versions.
+        return any(
+            start - version == difference and _torch.is_same_storage(tensor, input)
+            for version, (input, start) in zip(self._input_versions, inputs, strict=False)
+        )
+
     def _last_needed(self) -> int:
         """Position of the last slot that is alive and empty."""
         slots = self.slots
@@ -242,12 +261,13 @@ class RerunFrame(Frame):
         if group is not None:
             self._enter_group(group)
         if not self._is_forward_over:
-            self._uses_backward = True
+            self.runs_backward = True
         last = self._last_needed()
-        fill = _Fill(self)
+        tensors = self._unpack_inputs()
+        fill = _Fill(self, tensors)
         pack, num_saved = fill.make_pack(last)
         try:
-            self._rerun_into(pack)
+            self._rerun_into(pack, tensors)
         except CheckpointError:
             raise
         except Exception as error:
@@ -259,21 +279,26 @@ class RerunFrame(Frame):
         if fill.mismatches or fill.num_saved <= last or self._has_other_count(fill):
             raise self._mismatch_error(fill)
 
-    def _rerun_into(self, pack: Callable[[Tensor], Tensor]) -> None:
+    def _unpack_inputs(self) -> list[Tensor]:
         tensors = []
         for index, saved in enumerate(self._inputs):
             try:
                 tensors.append(saved.unpack())
             except RuntimeError as error:
                 raise self.explain_changed_input(index, error) from error
+        if self.runs_backward:  # It must not go on into the graph before the region again.
+            tensors = [detach(tensor) for tensor in tensors]
+        return tensors
+
+    def _rerun_into(self, pack: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> None:
         _torch.push_saved_tensors_hooks(pack, _identity)
         try:
             if self._recompute_context is None:
-                self.rerun(tensors, set_gradients_aside=self._uses_backward)
+                self.rerun(tensors)
             else:
                 trace = self._trace.start_recompute() if self._trace else contextlib.nullcontext()
                 with self._recompute_context, trace:
-                    self.rerun(tensors, set_gradients_aside=self._uses_backward)
+                    self.rerun(tensors)
         finally:
             _torch.pop_saved_tensors_hooks()
 
@@ -369,10 +394,12 @@ class _Fill:
         num_saved: How many tensors the rerun has saved, known when it is over.
     """
 
-    __slots__ = ("_frame", "mismatches", "num_saved")
+    __slots__ = ("_frame", "_tensors", "mismatches", "num_saved")
 
-    def __init__(self, frame: RerunFrame) -> None:
+    def __init__(self, frame: RerunFrame, tensors: list[Tensor]) -> None:
         self._frame = frame
+        # Where no hooks were around the region, its inputs come back as they were.
+        self._tensors = [(t, _torch.version(t)) for t in tensors if frame._input_versions]
         self.mismatches: list[verify.Mismatch] = []
         self.num_saved = 0
 
@@ -433,10 +460,10 @@ class _Fill:
         expected, got = frame.described[index], frame._describe(tensor)  # type: ignore[misc]
         if got == expected:
             return
-        if verify.is_only_version(expected, got):
-            state = frame.module_state
-            if state is not None and state.is_restored(tensor):
-                return
+        if verify.is_only_version(expected, got) and frame.may_differ(
+            tensor, got[3] - expected[3], self._tensors
+        ):
+            return
         self.mismatches.append(verify.Mismatch(index, expected, got, tensor, verify.current_site()))
 
 

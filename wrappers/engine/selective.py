@@ -28,15 +28,11 @@ from wrappers.policy import (
 
 PolicyFn = Callable[..., Any]
 
-_SAVE = frozenset({CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE})
 _OFFLOAD = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
+_KEEP = _OFFLOAD | {CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE}
 
-#: Stands for an output that the rerun computes itself.
-_RECOMPUTE = object()
 #: Stands for an output that has been handed out.
 _CONSUMED = object()
-
-_Outputs = dict[Any, list[Any]]
 
 
 class _Kept:
@@ -50,9 +46,9 @@ class _Kept:
         self._tensors = [_torch.detach_shallow(tensor) for tensor in tensors]
         self._versions = [tensor._version for tensor in tensors]
         self._devices: list[torch.device] | None = None
-        if offload:
+        if offload and not all(map(_device.is_host, tensors)):
             self._devices = [tensor.device for tensor in tensors]
-            self._tensors = [t if _device.is_host(t) else t.to("cpu") for t in self._tensors]
+            self._tensors = [t.to("cpu") for t in self._tensors]
 
     def take(self, func: Any, allow_mutation: bool) -> Any:
         tensors = self._tensors
@@ -69,13 +65,28 @@ class _Kept:
         return self._build(tensors)
 
 
+class _Cache:
+    """What one forward keeps for its recompute.
+
+    Attributes:
+        counts: How many times the forward has called each operator.
+        kept: By operator, and by which of its calls it was.
+    """
+
+    __slots__ = ("counts", "kept")
+
+    def __init__(self) -> None:
+        self.counts: dict[Any, int] = {}
+        self.kept: dict[Any, dict[int, Any]] = {}
+
+
 class _KeepMode(_torch.TorchDispatchMode):
     """Around the forward: asks the policy and keeps outputs."""
 
-    def __init__(self, policy: PolicyFn, outputs: _Outputs) -> None:
+    def __init__(self, policy: PolicyFn, cache: _Cache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
-        self._outputs = outputs
+        self._cache = cache
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -93,25 +104,26 @@ class _KeepMode(_torch.TorchDispatchMode):
                 f"the policy function must return a CheckpointPolicy or a bool; for {func} it "
                 f"returned {policy!r}"
             )
-        entry = _RECOMPUTE
-        if policy in _SAVE:
-            entry = _Kept(out, offload=False)
-        elif policy in _OFFLOAD:
-            entry = _Kept(out, offload=True)
-        outputs = self._outputs.get(func)
-        if outputs is None:
-            outputs = self._outputs[func] = []
-        outputs.append(entry)
+        counts = self._cache.counts
+        index = counts.get(func, 0)
+        counts[func] = index + 1
+        if policy in _KEEP:
+            kept = self._cache.kept.setdefault(func, {})
+            kept[index] = _Kept(out, offload=policy in _OFFLOAD)
         return out
 
 
 class _ReuseMode(_torch.TorchDispatchMode):
-    """Around the recompute: hands out what was kept."""
+    """Around the recompute: hands out what was kept.
 
-    def __init__(self, outputs: _Outputs, allow_mutation: bool) -> None:
+    Attributes:
+        allows_mutation: Whether what is handed out may have been changed in place.
+    """
+
+    def __init__(self, cache: _Cache, allow_mutation: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._outputs = outputs
-        self._allow_mutation = allow_mutation
+        self._cache = cache
+        self.allows_mutation = allow_mutation
         self._counts: dict[Any, int] = {}
 
     def __enter__(self) -> _ReuseMode:
@@ -122,19 +134,14 @@ class _ReuseMode(_torch.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in SAC_IGNORED_OPS:
-            return func(*args, **(kwargs or {}))
+        kept = self._cache.kept.get(func)
+        if kept is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
         index = self._counts.get(func, 0)
         self._counts[func] = index + 1
-        outputs = self._outputs.get(func, [])
-        if index >= len(outputs):
-            raise RuntimeError(
-                f"the recompute calls {func} {index + 1} times, the forward called it "
-                f"{len(outputs)} times. The region's operators depend on something that changed "
-                "between forward and backward."
-            )
-        entry = outputs[index]
-        if entry is _RECOMPUTE:
+        entry = kept.get(index)
+        if entry is None:
+            self._require_called(func, index)
             return func(*args, **kwargs) if kwargs else func(*args)
         if entry is _CONSUMED:
             raise RuntimeError(
@@ -142,8 +149,16 @@ class _ReuseMode(_torch.TorchDispatchMode):
                 "whose kept outputs the first backward has used up. Run one backward only, or "
                 "use this region without a policy."
             )
-        outputs[index] = _CONSUMED
-        return entry.take(func, self._allow_mutation)
+        kept[index] = _CONSUMED
+        return entry.take(func, self.allows_mutation)
+
+    def _require_called(self, func: Any, index: int) -> None:
+        if index >= self._cache.counts[func]:
+            raise RuntimeError(
+                f"the recompute calls {func} {index + 1} times, the forward called it "
+                f"{self._cache.counts[func]} times. The region's operators depend on something "
+                "that changed between forward and backward."
+            )
 
 
 def create_selective_checkpoint_contexts(
@@ -171,8 +186,8 @@ def create_selective_checkpoint_contexts(
         TypeError: The argument is neither a list nor callable.
     """
     policy = policy_function(policy_fn_or_list)
-    outputs: _Outputs = {}
-    return _KeepMode(policy, outputs), _ReuseMode(outputs, allow_cache_entry_mutation)
+    cache = _Cache()
+    return _KeepMode(policy, cache), _ReuseMode(cache, allow_cache_entry_mutation)
 
 
 def policy_function(policy_fn_or_list: PolicyFn | list[Any]) -> PolicyFn:

@@ -98,6 +98,7 @@ def _delegate(name: str) -> Any:
         return self if result is owner else result
 
     method.__name__ = method.__qualname__ = name
+    method.__doc__ = f"Call ``{name}`` of the inner module."
     return method
 
 
