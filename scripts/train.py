@@ -165,6 +165,9 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     try:
         yield device
+        # Gloo's threads let go of the last collective's tensors after we have its result. One
+        # that does so while Python shuts down aborts the process, so give them a round trip.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
