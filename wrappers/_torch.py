@@ -91,8 +91,8 @@ make_saved_tensor: Callable[[Tensor], SavedTensor] = (
 )
 
 
-def raw_saved_tensors(node: Any) -> Sequence[SavedTensor]:
-    """The saved tensors of a custom Function's node, packed as they are."""
+def raw_saved_tensors(node: Any) -> Sequence[Any]:
+    """The saved tensors of a custom Function's node; ``.data`` reads one without its checks."""
     return node._raw_saved_tensors  # type: ignore[no-any-return]
 
 

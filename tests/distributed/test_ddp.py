@@ -11,6 +11,7 @@ import contextlib
 import warnings
 
 import pytest
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -97,8 +98,10 @@ ALL = [
     for face_name, face in FACES.items()
     for step_name, step in STEPS.items()
     for options_name, options in OPTIONS.items()
-    # The plain model fails here too: DDP learns a static graph in the first backward it syncs.
+    # The plain model fails in these too: DDP learns a static graph in the first backward it syncs,
+    # and before torch 2.13 its second forward changes buffers that the first has saved.
     if not (step is accumulate and options.get("static_graph"))
+    and not (step is two_forwards and torch.__version__ < "2.13")
 ]
 REFUSED = [case for case in ALL if is_marked_twice(*case.values)]
 

@@ -54,7 +54,7 @@ def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 class _ReentrantFrame(Frame):
     """One forward execution that is a single graph node."""
 
-    __slots__ = ("build_output",)
+    __slots__ = ("_versions", "build_output")
 
     build_output: Any
 
@@ -62,6 +62,7 @@ class _ReentrantFrame(Frame):
         """Run the function without a graph, in the node's forward; the node keeps the inputs."""
         ctx.frame = self
         ctx.set_materialize_grads(False)
+        self._versions = [_torch.version(tensor) for tensor in self.tensors]
         ctx.save_for_backward(*self.take_tensors())
         out = self.function(*args, **kwargs)
         self.finish_forward()
@@ -83,7 +84,7 @@ class _ReentrantFrame(Frame):
         try:
             inputs = [detach(tensor) for tensor in ctx.saved_tensors]
         except RuntimeError as error:
-            raise self.explain_changed_input(_first_changed(ctx), error) from error
+            raise self.explain_changed_input(self._first_changed(ctx), error) from error
         is_in_region = _torch.has_saved_tensors_hooks()
         if is_in_region:  # Rule 3: as if no region were active.
             _torch.push_saved_tensors_hooks(Tensor.detach, _identity)
@@ -97,6 +98,11 @@ class _ReentrantFrame(Frame):
             if is_in_region:
                 _torch.pop_saved_tensors_hooks()
         return [tensor.grad for tensor in inputs]
+
+    def _first_changed(self, ctx: Any) -> int:
+        """Position of the first input that was changed in place since the forward."""
+        versions = [saved.data._version for saved in _torch.raw_saved_tensors(ctx)]
+        return next((i for i, v in enumerate(versions) if v != self._versions[i]), 0)
 
     def _backward(self, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
         if len(outputs) != len(grads):
@@ -154,16 +160,6 @@ class _ReentrantFrame(Frame):
 
 def _identity(value: Any) -> Any:
     return value
-
-
-def _first_changed(ctx: Any) -> int:
-    """Position of the first saved tensor that cannot be unpacked."""
-    for index, saved in enumerate(_torch.raw_saved_tensors(ctx)):
-        try:
-            saved.unpack()
-        except RuntimeError:
-            return index
-    return 0
 
 
 class _Reentrant(torch.autograd.Function):
