@@ -13,8 +13,9 @@
 [2] The frame keeps only a weak reference to a slot and a description of the tensor, so a
     slot dies with the part of the graph that saved it.
 [3] Also from a backward inside the region while its forward still runs (rule 6).
-[4] Tensors are stored without their graph. The graph that the rerun builds is never used,
-    unless the function runs a backward itself; then the fill hook's own result serves it.
+[4] The graph that the rerun builds gets nothing but a weak reference to the slot: it is never
+    used, unless the function runs a backward itself (rule 6). If it did so in forward, then
+    the graph gets the tensors. Autograd itself unpacks a tensor without the graph it has.
 [5] By an exception through the function's frames (rule 5). It is made anew each time: one
     shared instance would collect tracebacks and get slower with every raise. A raise through
     C++ costs some 20 us, so it is left out where nothing is left to stop: the operator that
@@ -37,6 +38,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wrappers import _torch
@@ -80,8 +82,17 @@ def _save(tensor: Tensor) -> _torch.SavedTensor:
     return _PlainInput(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
 
 
-def _identity(value: Any) -> Any:
-    return value
+def _unpack_in_rerun(packed: Any) -> Tensor:
+    """The unpack hook of the graph that a rerun builds. See [4]."""
+    if isinstance(packed, Tensor):
+        return packed
+    slot = packed and packed()
+    if isinstance(slot, _Slot) and hasattr(slot, "value"):
+        return slot.value
+    raise CheckpointError(
+        "a region runs a backward in its recompute, through tensors that are gone, but ran none in "
+        "its forward. Do not make a backward inside of a region depend on is_recomputing()."
+    )
 
 
 class RerunFrame(Frame):
@@ -290,8 +301,8 @@ class RerunFrame(Frame):
             tensors = [detach(tensor) for tensor in tensors]
         return tensors
 
-    def _rerun_into(self, pack: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> None:
-        _torch.push_saved_tensors_hooks(pack, _identity)
+    def _rerun_into(self, pack: Callable[[Tensor], Any], tensors: list[Tensor]) -> None:
+        _torch.push_saved_tensors_hooks(pack, _unpack_in_rerun)
         try:
             if self._recompute_context is None:
                 self.rerun(tensors)
@@ -403,7 +414,7 @@ class _Fill:
         self.mismatches: list[verify.Mismatch] = []
         self.num_saved = 0
 
-    def make_pack(self, last: int) -> tuple[Callable[[Tensor], Tensor], Callable[[], int]]:
+    def make_pack(self, last: int) -> tuple[Callable[[Tensor], Any], Callable[[], int]]:
         """Make the pack hook of the rerun. See [Note: hooks are closures].
 
         Args:
@@ -418,19 +429,21 @@ class _Fill:
         num_slots = len(slots)
         stop_after = last if frame._early_stop else sys.maxsize
         start = _torch.next_sequence_number()
+        runs_backward = frame.runs_backward
+        # In anomaly mode a node keeps the node during whose backward it was made: a cycle.
+        detaches = torch.is_anomaly_enabled()
         count = 0
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor | weakref.ref[_Slot] | None:
             nonlocal count
             index = count
             count += 1
-            saved = tensor
-            if tensor.requires_grad:
-                tensor = tensor.detach()
-            version = tensor._version
+            packed = None
             if index < num_slots:
-                slot = slots[index]()
+                packed = slots[index]
+                slot = packed()
                 if slot is not None:
+                    version = tensor._version
                     if check:
                         try:
                             is_same = described[index] == (
@@ -443,11 +456,11 @@ class _Fill:
                             is_same = False
                         if not is_same:
                             self._look_closer(index, tensor)
-                    slot.value = tensor
+                    slot.value = tensor.detach() if detaches else tensor
                     slot.version = version
-            if index >= stop_after and not (index == last and frame.is_at_end(saved, start)):
+            if index >= stop_after and not (index == last and frame.is_at_end(tensor, start)):
                 raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
-            return tensor
+            return tensor.detach() if runs_backward else packed
 
         def num_saved() -> int:
             return count
@@ -464,6 +477,8 @@ class _Fill:
             tensor, got[3] - expected[3], self._tensors
         ):
             return
+        # Detached: its graph keeps this hook alive, and so would a cycle that nobody sees.
+        tensor = tensor.detach()
         self.mismatches.append(verify.Mismatch(index, expected, got, tensor, verify.current_site()))
 
 
