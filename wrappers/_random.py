@@ -1,8 +1,8 @@
-"""The state of Python's ``random``, taken in half a microsecond.
+"""The state of Python's ``random``, taken in a fraction of a microsecond.
 
 ``random.getstate()`` makes a tuple of 625 integers, 7 to 9 us, which every region would pay
 for the few that draw numbers there. CPython keeps the Mersenne Twister as an index and 624
-words right behind the object's head, so a copy of these bytes is a state too, made eighteen
+words right behind the object's head, so a copy of these bytes is a state too, made many
 times faster. Whether an interpreter has this layout is checked once, against ``getstate()``;
 where it has not, ``getstate()`` is what is used.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 _twister: Any = random.seed.__self__  # type: ignore[attr-defined]
 _WORDS = struct.Struct("=i624I")
-_address = id(_twister) + object.__basicsize__
+_memory = (ctypes.c_char * _WORDS.size).from_address(id(_twister) + object.__basicsize__)
 
 
 def _copy() -> tuple[bytes, float | None]:
-    return ctypes.string_at(_address, _WORDS.size), _twister.gauss_next
+    return _memory.raw, _twister.gauss_next
 
 
 def _to_state(copied: tuple[bytes, float | None]) -> tuple[Any, ...]:

@@ -74,25 +74,6 @@ def detach(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Gradients:
-    """The gradients that some leaves have at one moment."""
-
-    __slots__ = ("_grads", "_leaves", "_versions")
-
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self._leaves = leaves
-        self._grads = grads = [leaf.grad for leaf in leaves]
-        self._versions = [None if grad is None else grad._version for grad in grads]
-
-    def have_changed(self) -> bool:
-        """Whether a leaf has another gradient now, or something was added to its gradient."""
-        for leaf, before, version in zip(self._leaves, self._grads, self._versions, strict=True):
-            grad = leaf.grad
-            if grad is not before or (grad is not None and grad._version != version):
-                return True
-        return False
-
-
 class Frame:
     """One forward execution of a region.
 
@@ -145,11 +126,21 @@ class Frame:
         takes_rng = region.preserve_rng_state or self._is_probe
         self.ambient = Ambient(_device.rng_devices(self.tensors) if takes_rng else None)
 
-    def _take_gradients(self) -> _Gradients | None:
+    def _take_gradients(self) -> list[tuple[Tensor, Tensor | None, int]] | None:
+        """The leaves that the function can reach, with their gradients and these's versions."""
         leaves = [tensor for tensor in self.tensors if tensor.is_leaf and tensor.requires_grad]
         if self.module_state is not None:
             leaves += self.module_state.trainable_leaves()
-        return _Gradients(leaves) if leaves else None
+        grads = [leaf.grad for leaf in leaves]
+        versions = [0 if grad is None else grad._version for grad in grads]
+        return list(zip(leaves, grads, versions, strict=True)) or None
+
+    def _have_gradients_changed(self) -> bool:
+        for leaf, before, version in self._gradients or ():
+            grad = leaf.grad
+            if grad is not before or (grad is not None and grad._version != version):
+                return True
+        return False
 
     @property
     def fqn(self) -> str:
@@ -166,7 +157,7 @@ class Frame:
         if self.module_state is not None:
             self.module_state.finish()
         if self._gradients is not None:
-            self.runs_backward = self.runs_backward or self._gradients.have_changed()
+            self.runs_backward = self.runs_backward or self._have_gradients_changed()
             self._gradients = None
         if self._is_probe:
             if self.ambient.has_drawn():

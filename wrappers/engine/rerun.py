@@ -202,23 +202,26 @@ class RerunFrame(Frame):
 
     def _make_pack(self) -> Callable[[Tensor], _Slot]:
         """The pack hook of the forward. See [Note: hooks are closures]."""
-        describe = self._describe
         add_slot, add_description, ref = self.slots.append, self.described.append, weakref.ref
+        describe, new = self._describe, _Slot
 
         def pack(tensor: Tensor) -> _Slot:
-            slot = _Slot()
+            slot = new()
             add_slot(ref(slot))
-            if describe is verify.describe:
-                try:
-                    description = (tensor.shape, tensor.dtype, tensor.device, tensor._version)
-                except RuntimeError:  # a tensor without a shape
-                    description = describe(tensor)
-                add_description(description)
-            elif describe is not None:
+            try:
+                add_description((tensor.shape, tensor.dtype, tensor.device, tensor._version))
+            except RuntimeError:  # a tensor without a shape
+                add_description(verify.describe(tensor))
+            return slot
+
+        def pack_otherwise(tensor: Tensor) -> _Slot:
+            slot = new()
+            add_slot(ref(slot))
+            if describe is not None:
                 add_description(describe(tensor))
             return slot
 
-        return pack
+        return pack if describe is verify.describe else pack_otherwise
 
     # --- Backward
 
@@ -429,7 +432,7 @@ class _Fill:
         num_slots = len(slots)
         stop_after = last if frame._early_stop else sys.maxsize
         start = _torch.next_sequence_number()
-        runs_backward = frame.runs_backward
+        is_used = frame.runs_backward
         # In anomaly mode a node keeps the node during whose backward it was made: a cycle.
         detaches = torch.is_anomaly_enabled()
         count = 0
@@ -438,29 +441,29 @@ class _Fill:
             nonlocal count
             index = count
             count += 1
-            packed = None
-            if index < num_slots:
-                packed = slots[index]
-                slot = packed()
-                if slot is not None:
-                    version = tensor._version
-                    if check:
-                        try:
-                            is_same = described[index] == (
-                                tensor.shape,
-                                tensor.dtype,
-                                tensor.device,
-                                version,
-                            )
-                        except RuntimeError:  # a tensor without a shape
-                            is_same = False
-                        if not is_same:
-                            self._look_closer(index, tensor)
-                    slot.value = tensor.detach() if detaches else tensor
-                    slot.version = version
+            if index >= num_slots:
+                return tensor.detach() if is_used else None
+            packed = slots[index]
+            slot = packed()
+            if slot is not None:
+                version = tensor._version
+                if check:
+                    try:
+                        is_same = described[index] == (
+                            tensor.shape,
+                            tensor.dtype,
+                            tensor.device,
+                            version,
+                        )
+                    except RuntimeError:  # a tensor without a shape
+                        is_same = False
+                    if not is_same:
+                        self._look_closer(index, tensor)
+                slot.value = tensor.detach() if detaches else tensor
+                slot.version = version
             if index >= stop_after and not (index == last and frame.is_at_end(tensor, start)):
                 raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
-            return tensor.detach() if runs_backward else packed
+            return tensor.detach() if is_used else packed
 
         def num_saved() -> int:
             return count
