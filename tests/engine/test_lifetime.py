@@ -501,3 +501,50 @@ def test_a_reentrant_rerun_under_hooks_frees_the_branches_that_backward_does_not
     with saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
         out.sum().backward()
     assert [w.expired() for w in watches] == [True, True]
+
+
+# --- The graph of a rerun, which the recomputed tensors keep until they are unpacked ------------
+
+
+def test_a_mismatch_leaves_no_cycle_through_the_reruns_graph(frames):
+    def region(x):
+        return (x.double() if is_recomputing() else x).sin().exp().float()
+
+    with pytest.raises(CheckpointError, match="recomputed"):
+        checkpoint(region, leaf(4)).sum().backward()
+    gc.collect()  # The exception and its traceback are an ordinary cycle.
+    assert [frame() for frame in frames] == [None]
+
+
+def test_anomaly_mode_leaves_no_cycle_through_the_reruns_graph(frames):
+    """In this mode a node keeps the node during whose backward it was made."""
+
+    def region(x, w):
+        return x.sin().cos(), w.exp().cos()
+
+    x, w = leaf(4), leaf(4, seed=1)
+    with torch.autograd.set_detect_anomaly(True):
+        first, second = checkpoint(region, x, w)
+        first.sum().backward()  # The recompute fills the second output's slots too.
+    assert x.grad is not None
+    del first, second
+    gc.collect()
+    assert [frame() for frame in frames] == [None]
+
+
+def test_a_recomputed_tensor_does_not_keep_those_that_its_graph_came_from():
+    watched = []
+
+    def region(x):
+        trunk = x.exp()
+        if is_recomputing():
+            watched.append(watch(trunk))
+        branch = trunk * 1.0
+        return branch.sin().cos(), branch.exp()
+
+    x = leaf(1000)
+    first, second = checkpoint(region, x)
+    first.sum().backward(retain_graph=True)  # Takes the trunk; the second branch's slot is filled.
+    assert [storage.expired() for storage in watched] == [True]
+    second.sum().backward()
+    assert len(watched) == 2

@@ -571,6 +571,35 @@ def test_rule_6_gradients_of_an_inner_backward_reach_an_argument_once(impl):
     assert_equal(*results)
 
 
+def test_rule_6_a_backward_in_the_recompute_alone():
+    """Slots that are alive serve it; what the graph outside does not need is gone."""
+    found = []
+
+    def region(x, w):
+        y = (x * w).sin()
+        if is_recomputing():
+            found.extend(torch.autograd.grad(y.sum(), [w], retain_graph=True))
+        return y.exp()
+
+    results = []
+    for run in (checkpoint, lambda function, *args: function(*args)):
+        x, w = leaf(5), leaf(5, seed=1)
+        run(region, x, w).sum().backward()
+        results.append([x.grad, w.grad])
+    assert_equal(*results)
+    with torch.no_grad():
+        assert torch.equal(found[0], x * (x * w).cos())
+
+    def unneeded(x, w):
+        y = (x * w).sin()
+        if is_recomputing():
+            y.sum().backward()
+        return x.cos().exp()
+
+    with pytest.raises(CheckpointError, match=r"is_recomputing"):
+        checkpoint(unneeded, leaf(5), leaf(5, seed=1)).sum().backward()
+
+
 # --- Every way to call backward ---------------------------------------------------------
 
 
