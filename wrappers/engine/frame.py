@@ -71,7 +71,8 @@ class StopRerun(BaseException):
 
 def detach(tensor: Tensor) -> Tensor:
     """A leaf of its own with the same memory, version counter and ``requires_grad``."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    detached = tensor.detach()
+    return detached.requires_grad_() if tensor.requires_grad else detached
 
 
 class Frame:
@@ -127,13 +128,16 @@ class Frame:
         self.ambient = Ambient(_device.rng_devices(self.tensors) if takes_rng else None)
 
     def _take_gradients(self) -> list[tuple[Tensor, Tensor | None, int]] | None:
-        """The leaves that the function can reach, with their gradients and these's versions."""
-        leaves = [tensor for tensor in self.tensors if tensor.is_leaf and tensor.requires_grad]
+        """The leaves among inputs and parameters, each with its gradient and that one's version."""
+        tensors = self.tensors
         if self.module_state is not None:
-            leaves += self.module_state.trainable_leaves()
-        grads = [leaf.grad for leaf in leaves]
-        versions = [0 if grad is None else grad._version for grad in grads]
-        return list(zip(leaves, grads, versions, strict=True)) or None
+            tensors = [*tensors, *(parameter for _, _, parameter in self.module_state.parameters)]
+        found = []
+        for tensor in tensors:
+            if tensor.is_leaf and tensor.requires_grad:
+                grad = tensor.grad
+                found.append((tensor, grad, 0 if grad is None else grad._version))
+        return found or None
 
     def _have_gradients_changed(self) -> bool:
         for leaf, before, version in self._gradients or ():
