@@ -4,7 +4,7 @@ A stack of transformer blocks, each a region; the peak of the activations is tak
 allocator's events (see `scripts.measure`), so it is exact and repeats. At most 1.00 of torch's
 for both implementations.
 
-    python -m scripts.bench.peak_memory [--json FILE] [--blocks 6] [--d-model 256]
+    python -m scripts.bench.peak_memory [--json FILE] [--blocks 6] [--d-model 256] [--device cpu]
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     torch.manual_seed(0)
     config = GPTConfig(d_model=options.d_model, num_heads=8, seq_len=256)
-    blocks = nn.ModuleList(Block(config) for _ in range(options.blocks))
-    x = torch.randn(4, 256, options.d_model, requires_grad=True)
+    blocks = nn.ModuleList(Block(config) for _ in range(options.blocks)).to(options.device)
+    x = torch.randn(4, 256, options.d_model, device=options.device, requires_grad=True)
     rows: list[dict[str, Any]] = []
     plain = peak_bytes(blocks, x, lambda block, h: block(h))
     for name, use_reentrant in (("reentrant", True), ("no_reentrant", False)):
@@ -61,7 +62,7 @@ def main() -> None:
                 "plain_bytes": plain,
             }
         )
-    harness.report(rows, options.json)
+    harness.report(rows, options.json, options.device)
 
 
 if __name__ == "__main__":
