@@ -1,5 +1,3 @@
-"""The metadata stands in setup.cfg."""
-
 import setuptools
 
 setuptools.setup()
