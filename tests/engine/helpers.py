@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -96,6 +97,11 @@ def live_frames(kind: type[Frame] = Frame) -> list[Any]:
     gc.collect()  # pytest.raises of an earlier test leaves cycles.
     # Not isinstance: it would ask lazy modules and proxies for their __class__.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
+def shown(expression: str, line: str) -> str:
+    """How an error shows an expression: before Python 3.11 there are lines, but no columns."""
+    return expression if sys.version_info >= (3, 11) else line
 
 
 def live_slots(frame: RerunFrame) -> int:

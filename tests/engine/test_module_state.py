@@ -442,7 +442,7 @@ def test_a_weight_of_a_closure_changed_in_place_raises(impl):
         weight.mul_(2)
     if impl is CheckpointImpl.REENTRANT:
         pytest.skip("REENTRANT saves nothing that could tell; a limit that is documented")
-    with pytest.raises(InputChangedError, match=r"\(4, 4\) float32 cpu tensor that x @ weight"):
+    with pytest.raises(InputChangedError, match=r"\(4, 4\) float32 cpu tensor that .*x @ weight"):
         out.sum().backward()
 
 

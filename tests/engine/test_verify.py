@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.engine.helpers import shown
 from wrappers import (
     CheckpointError,
     InputChangedError,
@@ -80,11 +81,12 @@ def test_a_tensor_that_differs(region, marker, got):
     assert error.num_slots == 3
     assert error.expected == "(4, 2) float32 cpu"
     assert error.got == got
-    assert error.operator == "x.cos()"
+    expression = shown("x.cos()", f"return x.cos().exp()  # {marker}")
+    assert error.operator == expression
     assert error.location == line_of(marker)
     assert str(error).startswith(
         f"region `{region.__name__}`, saved tensor 2 of 3: forward (4, 2) float32 cpu, recomputed "
-        f"{got}. First operator that differs: x.cos() ({line_of(marker)}). The forward must "
+        f"{got}. First operator that differs: {expression} ({line_of(marker)}). The forward must "
         "repeat exactly: check autocast"
     )
     assert str(error).endswith("Pass debug=True to compare the operators of both runs.")
@@ -440,7 +442,8 @@ def test_a_closures_tensor_changed_in_place_is_no_mismatch_but_a_change(check):
     with pytest.raises(InputChangedError) as caught:
         out.sum().backward()
     assert caught.value.fqn.endswith("region")
-    assert f"x @ weight reads ({line_of('closure')})" in caught.value.tensor
+    expression = shown("x @ weight", "return (x @ weight).sin()  # closure")
+    assert f"{expression} reads ({line_of('closure')})" in caught.value.tensor
     assert "saved tensor 1 of 3" in str(caught.value)
 
 
