@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import SUPPORTED_NODES
@@ -26,6 +27,7 @@ __all__ = [
     "OpOverloadPacket",
     "SavedTensor",
     "TorchDispatchMode",
+    "TorchFunctionMode",
     "make_saved_tensor",
     "pop_saved_tensors_hooks",
     "push_saved_tensors_hooks",
@@ -161,7 +163,6 @@ _get_default_dtype = torch.get_default_dtype
 _get_deterministic = _C._get_deterministic_algorithms
 _get_warn_only = _C._get_deterministic_algorithms_warn_only
 _get_priority = _C._get_sdp_priority_order
-_num_function_modes = _C._len_torch_function_stack
 _is_any_autocast_enabled = _C._is_any_autocast_enabled
 
 
@@ -183,7 +184,7 @@ def settings() -> tuple[bool, torch.device | None, tuple[Any, ...]]:
     """
     return (
         _is_any_autocast_enabled(),
-        _default_device() if _num_function_modes() else None,
+        _default_device() if has_function_modes() else None,
         (
             _get_default_dtype(),
             _get_deterministic(),
@@ -210,6 +211,12 @@ def set_kernels(kernels: tuple[Any, ...]) -> None:
 
 #: The number of dispatch modes on this thread's stack; 0 is falsy.
 has_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
+
+
+#: The number of function modes on this thread's stack; 0 is falsy.
+has_function_modes: Callable[[], int] = _C._len_torch_function_stack
+push_function_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
+pop_function_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 
 
 def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:

@@ -27,11 +27,24 @@ from wrappers.errors import CheckpointError, InputChangedError
 Function = Callable[..., Any]
 
 
-class _Recomputing(threading.local):
-    depth = 0
+class _Backwards:
+    """How many regions that run forward in one thread have met a backward inside."""
+
+    __slots__ = ("num",)
+
+    def __init__(self) -> None:
+        self.num = 0
 
 
-_recomputing = _Recomputing()
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        #: How many reruns this thread is in.
+        self.depth = 0
+        #: An object, as frames refer to it: backward may run in a thread of autograd's.
+        self.backwards = _Backwards()
+
+
+_this_thread = _ThisThread()
 
 
 def is_recomputing() -> bool:
@@ -40,7 +53,7 @@ def is_recomputing() -> bool:
     Code with side effects of its own (counters, logs, metrics) can ask and stay silent the
     second time. True in the thread that recomputes, and only there.
     """
-    return _recomputing.depth > 0
+    return _this_thread.depth > 0
 
 
 def _owner(function: Function) -> nn.Module | None:
@@ -86,15 +99,16 @@ class Frame:
         owner: The module whose state the function uses; found out if not given.
 
     Attributes:
-        runs_backward: Whether the forward has run a backward, as far as can be seen: it added to
-            the gradient of a parameter or of an input, or it has needed a recompute itself.
+        runs_backward: Whether a backward inside the region has run in its forward. One that needs
+            no saved tensor of the region's (a sum's) cannot be seen.
         tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
     """
 
     __slots__ = (
         "__weakref__",
-        "_gradients",
+        "_backwards",
         "_is_probe",
+        "_num_backwards",
         "_rebuild",
         "ambient",
         "function",
@@ -120,31 +134,13 @@ class Frame:
         owner = owner or _owner(function)
         self.module_state = None if owner is None else ModuleState(owner)
         self.runs_backward = False
-        self._gradients = self._take_gradients()
+        self._backwards = backwards = _this_thread.backwards
+        self._num_backwards = backwards.num
         self._is_probe = not region.preserve_rng_state and region.habits.should_probe(
             None if owner is None else owner.training
         )
         takes_rng = region.preserve_rng_state or self._is_probe
         self.ambient = Ambient(_device.rng_devices(self.tensors) if takes_rng else None)
-
-    def _take_gradients(self) -> list[tuple[Tensor, Tensor | None, int]] | None:
-        """The leaves among inputs and parameters, each with its gradient and that one's version."""
-        tensors = self.tensors
-        if self.module_state is not None:
-            tensors = [*tensors, *(parameter for _, _, parameter in self.module_state.parameters)]
-        found = []
-        for tensor in tensors:
-            if tensor.is_leaf and tensor.requires_grad:
-                grad = tensor.grad
-                found.append((tensor, grad, 0 if grad is None else grad._version))
-        return found or None
-
-    def _have_gradients_changed(self) -> bool:
-        for leaf, before, version in self._gradients or ():
-            grad = leaf.grad
-            if grad is not before or (grad is not None and grad._version != version):
-                return True
-        return False
 
     @property
     def fqn(self) -> str:
@@ -156,13 +152,20 @@ class Frame:
         tensors, self.tensors = self.tensors, []
         return tensors
 
+    def note_backward(self) -> None:
+        """Note that a backward inside the region needs its saved tensors before the forward ends.
+
+        Regions around this one, whose forwards run too, will see it in the thread's count.
+        """
+        self.runs_backward = True
+        self._backwards.num += 1
+
     def finish_forward(self) -> None:
         """Note what the forward has changed; to be called when the function has returned."""
         if self.module_state is not None:
             self.module_state.finish()
-        if self._gradients is not None:
-            self.runs_backward = self.runs_backward or self._have_gradients_changed()
-            self._gradients = None
+        if self._backwards.num != self._num_backwards:  # in this region or in one inside
+            self.runs_backward = True
         if self._is_probe:
             if self.ambient.has_drawn():
                 self.region.habits.warn_random(self.fqn)
@@ -185,7 +188,7 @@ class Frame:
         """
         undo: Undo = [_enable_grad if torch.is_grad_enabled() else _disable_grad]
         _torch.set_grad_enabled(True)
-        _recomputing.depth += 1
+        _this_thread.depth += 1
         try:
             self.ambient.enter(undo)
             if self.module_state is not None:
@@ -193,14 +196,18 @@ class Frame:
             if self.runs_backward:  # Only then: what other threads add meanwhile would be lost.
                 self._set_gradients_aside(undo)
             args, kwargs = self._rebuild(tensors)
-            return self.function(*args, **kwargs)
+            return self.call(args, kwargs)
         except StopRerun as stop:
             if stop.frame is not self:
                 raise
             return None
         finally:
-            _recomputing.depth -= 1
+            _this_thread.depth -= 1
             leave(undo)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function in a rerun."""
+        return self.function(*args, **kwargs)
 
     def _set_gradients_aside(self, undo: Undo) -> None:
         for leaf in self.module_state.trainable_leaves() if self.module_state else ():

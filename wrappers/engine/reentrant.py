@@ -64,9 +64,19 @@ class _ReentrantFrame(Frame):
         ctx.set_materialize_grads(False)
         self._versions = [_torch.version(tensor) for tensor in self.tensors]
         ctx.save_for_backward(*self.take_tensors())
-        out = self.function(*args, **kwargs)
+        # What is saved here belongs to a backward inside the region, if there is one (rule 6).
+        _torch.push_saved_tensors_hooks(Tensor.detach, self._unpack_in_forward)
+        try:
+            out = self.function(*args, **kwargs)
+        finally:
+            _torch.pop_saved_tensors_hooks()
         self.finish_forward()
         return out
+
+    def _unpack_in_forward(self, saved: Tensor) -> Tensor:
+        if not self.runs_backward:
+            self.note_backward()
+        return saved
 
     def run_backward(self, ctx: Any, grads: list[Tensor | None]) -> list[Tensor | None]:
         """Rerun the function and run backward through it.

@@ -18,8 +18,9 @@
     the graph gets the tensors. Autograd itself unpacks a tensor without the graph it has.
 [5] By an exception through the function's frames (rule 5). It is made anew each time: one
     shared instance would collect tracebacks and get slower with every raise. A raise through
-    C++ costs some 20 us, so it is left out where nothing is left to stop: the operator that
-    saves is done, as it saves its output, and this output is what the region returns.
+    C++ costs some 12 us, so it waits where the operator that saves is done, as it saves its
+    output, and is the last that makes a graph node: then the next call of torch raises, if
+    there is one before the function returns.
 [6] The slot is empty again, also with ``retain_graph=True`` (rule 4).
 
 [Note: hooks are closures]
@@ -90,8 +91,9 @@ def _unpack_in_rerun(packed: Any) -> Tensor:
     if isinstance(slot, _Slot) and hasattr(slot, "value"):
         return slot.value
     raise CheckpointError(
-        "a region runs a backward in its recompute, through tensors that are gone, but ran none in "
-        "its forward. Do not make a backward inside of a region depend on is_recomputing()."
+        "a backward runs through tensors that a recompute has made, which are gone. If the region "
+        "keeps a tensor beyond its call (in a list, say), let it do so only while not "
+        "is_recomputing(); and do not make a backward inside of a region depend on that."
     )
 
 
@@ -102,6 +104,7 @@ class RerunFrame(Frame):
         "_describe",
         "_early_stop",
         "_group",
+        "_guard",
         "_input_versions",
         "_inputs",
         "_is_forward_over",
@@ -135,6 +138,7 @@ class RerunFrame(Frame):
         self._is_forward_over = False
         self._num_nodes = 0
         self._group: weakref.ref[Any] | None = None
+        self._guard: _StopAtNextCall | None = None
         self.slots: list[weakref.ref[_Slot]] = []
         self.described: list[verify.Description] = []
 
@@ -153,23 +157,12 @@ class RerunFrame(Frame):
         else:
             out = self._run_forward_in_context(args, kwargs)
         self._is_forward_over = True
-        self._note_end(out, start)
+        self._num_nodes = _torch.next_sequence_number() - start
         self.finish_forward()
         return out
 
-    def _note_end(self, out: Any, start: int) -> None:
-        """Note how many graph nodes the forward made, if the last of them made the output.
-
-        A rerun that saves the output of this node has nothing left to do. See [5].
-        """
-        node = out.grad_fn if isinstance(out, Tensor) else None
-        if node is not None:
-            end = _torch.next_sequence_number()
-            if node._sequence_nr() == end - 1:
-                self._num_nodes = end - start
-
-    def is_at_end(self, saved: Tensor, start: int) -> bool:
-        """Whether a rerun has nothing left to do when it saves this tensor.
+    def is_last_node(self, saved: Tensor, start: int) -> bool:
+        """Whether the operator that saves this tensor, its output, is the last that saves any.
 
         Args:
             saved: What the running operator saves, as its hook sees it.
@@ -180,6 +173,20 @@ class RerunFrame(Frame):
         return (
             node is not None and node._sequence_nr() == last and last - start + 1 == self._num_nodes
         )
+
+    def stop_at_next_call(self) -> None:
+        """End the running rerun when it calls torch again, if it does."""
+        self._guard = guard = _StopAtNextCall(self)
+        _torch.push_function_mode(guard)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function in a rerun."""
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            if self._guard is not None:
+                _torch.pop_function_mode()
+                self._guard = None
 
     def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context, self._recompute_context = self.region.context_fn()
@@ -271,17 +278,16 @@ class RerunFrame(Frame):
 
     def _recompute(self) -> None:
         """Fill every slot that is alive and empty."""
-        group = _torch.get_graph_exec_group()
+        group = _torch.get_graph_exec_group() if self._is_forward_over else None
         if group is not None:
-            self._enter_group(group)
+            self._require_new(group)
         if not self._is_forward_over:
-            self.runs_backward = True
+            self.note_backward()
         last = self._last_needed()
         tensors = self._unpack_inputs()
         fill = _Fill(self, tensors)
-        pack, num_saved = fill.make_pack(last)
         try:
-            self._rerun_into(pack, tensors)
+            self._rerun_into(fill, last, tensors)
         except CheckpointError:
             raise
         except Exception as error:
@@ -289,9 +295,10 @@ class RerunFrame(Frame):
             if fill.mismatches and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(str(self._mismatch_error(fill)))
             raise
-        fill.num_saved = num_saved()
         if fill.mismatches or fill.num_saved <= last or self._has_other_count(fill):
             raise self._mismatch_error(fill)
+        if group is not None:
+            self._group = weakref.ref(group)
 
     def _unpack_inputs(self) -> list[Tensor]:
         tensors = []
@@ -304,7 +311,8 @@ class RerunFrame(Frame):
             tensors = [detach(tensor) for tensor in tensors]
         return tensors
 
-    def _rerun_into(self, pack: Callable[[Tensor], Any], tensors: list[Tensor]) -> None:
+    def _rerun_into(self, fill: _Fill, last: int, tensors: list[Tensor]) -> None:
+        pack, finish = fill.make_pack(last)
         _torch.push_saved_tensors_hooks(pack, _unpack_in_rerun)
         try:
             if self._recompute_context is None:
@@ -315,8 +323,9 @@ class RerunFrame(Frame):
                     self.rerun(tensors)
         finally:
             _torch.pop_saved_tensors_hooks()
+            finish()
 
-    def _enter_group(self, group: Any) -> None:
+    def _require_new(self, group: Any) -> None:
         if self._group is not None and self._group() is group:
             raise CheckpointError(
                 f"region `{self.fqn}`: two backward calls under one GraphExecGroup need the same "
@@ -324,7 +333,6 @@ class RerunFrame(Frame):
                 "overlap; run these outside of the group.",
                 fqn=self.fqn,
             )
-        self._group = weakref.ref(group)
 
     # --- Errors
 
@@ -400,12 +408,22 @@ class RerunFrame(Frame):
         return "\n" + self._trace.report()
 
 
+class _StopAtNextCall(_torch.TorchFunctionMode):
+    """Ends a rerun with the next call of torch from Python. See [5]."""
+
+    def __init__(self, frame: RerunFrame) -> None:
+        self._frame = frame
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise StopRerun.of(self._frame)
+
+
 class _Fill:
     """Puts the tensors that one rerun saves into the slots of a frame.
 
     Attributes:
         mismatches: Tensors that differ from the forward's.
-        num_saved: How many tensors the rerun has saved, known when it is over.
+        num_saved: How many tensors the rerun has saved; known when it is over.
     """
 
     __slots__ = ("_frame", "_tensors", "mismatches", "num_saved")
@@ -417,17 +435,17 @@ class _Fill:
         self.mismatches: list[verify.Mismatch] = []
         self.num_saved = 0
 
-    def make_pack(self, last: int) -> tuple[Callable[[Tensor], Any], Callable[[], int]]:
+    def make_pack(self, last: int) -> tuple[Callable[[Tensor], Any], Callable[[], None]]:
         """Make the pack hook of the rerun. See [Note: hooks are closures].
 
         Args:
             last: Position of the last slot that has to be filled.
 
         Returns:
-            The hook, and a function that tells how many tensors it has seen. (Kept on self,
-            they would be a reference cycle, and the frame would wait for the collector.)
+            The hook, and a function to be called when the rerun is over.
         """
-        frame = self._frame
+        frame: Any = self._frame
+        me: Any = self
         slots, described, check = frame.slots, frame.described, frame._describe is not None
         num_slots = len(slots)
         stop_after = last if frame._early_stop else sys.maxsize
@@ -458,17 +476,22 @@ class _Fill:
                     except RuntimeError:  # a tensor without a shape
                         is_same = False
                     if not is_same:
-                        self._look_closer(index, tensor)
+                        me._look_closer(index, tensor)
                 slot.value = tensor.detach() if detaches else tensor
                 slot.version = version
-            if index >= stop_after and not (index == last and frame.is_at_end(tensor, start)):
-                raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
+            if index >= stop_after:
+                if not frame.is_last_node(tensor, start) or _torch.has_function_modes():
+                    raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
+                frame.stop_at_next_call()
             return tensor.detach() if is_used else packed
 
-        def num_saved() -> int:
-            return count
+        def finish() -> None:
+            nonlocal frame, me, slots, described
+            me.num_saved = count
+            # The rerun's graph keeps the hook, and the user may keep the graph: let go of all.
+            frame = me = slots = described = None
 
-        return pack, num_saved
+        return pack, finish
 
     def _look_closer(self, index: int, tensor: Tensor) -> None:
         """Compare in full a tensor that is not described like the forward's at first sight."""
