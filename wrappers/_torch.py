@@ -248,6 +248,12 @@ def is_same_storage(a: Tensor, b: Tensor) -> bool:
         return a is b
 
 
+# --- Modules ----------------------------------------------------------------------------
+
+#: The base of batch and instance norm, whose kernels write statistics without a new version.
+NormWithStatistics = torch.nn.modules.batchnorm._NormBase
+
+
 # --- Other parts of torch that know about wrapped modules -------------------------------
 
 

@@ -33,10 +33,14 @@ class Mlp(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         self.drop = nn.Dropout(0.5)
         self.down = nn.Linear(8, 4)
-        self.num_calls = 0
+        self.calls = []  # a number would be put back after a rerun
+
+    @property
+    def num_calls(self):
+        return len(self.calls)
 
     def forward(self, x, *, scale=None):
-        self.num_calls += 1
+        self.calls.append(self.training)
         x = self.down(self.drop(self.norm(self.up(x)).relu()))
         return x if scale is None else x * scale
 

@@ -5,15 +5,16 @@ everything that wraps modules (:func:`run_region`).
 from __future__ import annotations
 
 import functools
+import types
+import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from wrappers import _torch
-from wrappers.engine.frame import Function
+from wrappers.engine.frame import WHOLE_CALLS, Function
 from wrappers.engine.reentrant import run_reentrant
 from wrappers.engine.region import ContextFn, Region, noop_context_fn
 from wrappers.engine.rerun import run_no_reentrant
@@ -139,8 +140,9 @@ def checkpoint(
     return run_region(region, function, args, kwargs)
 
 
-#: Regions of functions, by the identity of their code and by the options.
-_regions: dict[tuple[Any, ...], tuple[object, Region]] = {}
+#: Regions of functions, by the identity of their code and by the options. The code is referred to
+#: weakly: a class that a function defines would keep what its methods close over.
+_regions: dict[tuple[Any, ...], tuple[weakref.ref[Any], Region]] = {}
 
 #: More functions than that, and the regions are made anew.
 _MAX_REGIONS = 4096
@@ -155,10 +157,10 @@ def _region_for(
     closure is made anew for every call; what identifies it is its code.
     """
     code = _code_of(function)
-    # By id, as hashing a code object is slow; the entry keeps the object alive.
+    # By id, as hashing a code object is slow.
     key = (id(code), use_reentrant, impl, *options)
     entry = _regions.get(key)
-    if entry is None:
+    if entry is None or entry[0]() is not code:
         preserve_rng_state, determinism_check, debug, early_stop = options
         region = Region(
             impl=choose_impl(use_reentrant, impl),
@@ -166,20 +168,33 @@ def _region_for(
             determinism_check=determinism_check,
             debug=debug,
             early_stop=early_stop,
-            fqn=getattr(function, "__qualname__", type(function).__name__),
+            fqn=_name_of(function),
         )
         if len(_regions) >= _MAX_REGIONS:
             _regions.clear()
-        entry = _regions[key] = (code, region)
+        entry = _regions[key] = (weakref.ref(code), region)
     return entry[1]
 
 
-def _code_of(function: Any) -> object:
-    """The code that a call runs, as far as it can be told: a code object, or a class."""
+def _code_of(function: Any) -> Any:
+    """The code that a call runs, as far as it can be told: a code object, a class, a builtin."""
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None)  # a bound method has its function's
-    return type(function) if code is None else code
+    if code is not None:
+        return code
+    return function if isinstance(function, types.BuiltinFunctionType) else type(function)
+
+
+def _name_of(function: Any) -> str:
+    """The FQN of a region that nobody has named: what is called, without partials."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module) and function.__name__ in WHOLE_CALLS:
+        return type(owner).__name__
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name
 
 
 def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> CheckpointImpl:
@@ -267,6 +282,6 @@ class GraphExecGroup:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        traceback: types.TracebackType | None,
     ) -> None:
         _torch.set_graph_exec_group(None)

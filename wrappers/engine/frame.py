@@ -56,12 +56,22 @@ def is_recomputing() -> bool:
     return _this_thread.depth > 0
 
 
-def _owner(function: Function) -> nn.Module | None:
-    """The module whose state a call of ``function`` uses: itself, or a bound method's."""
+#: Names of the methods of a module that are a call of it as a whole.
+WHOLE_CALLS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+
+
+def _state_of(function: Any, owner: nn.Module | None) -> ModuleState | None:
+    """The state of the module that a call uses: the function itself, or a bound method's."""
+    if owner is not None:
+        return ModuleState(owner)
+    while isinstance(function, functools.partial):
+        function = function.func
     if isinstance(function, nn.Module):
-        return function
+        return ModuleState(function)
     bound_to = getattr(function, "__self__", None)
-    return bound_to if isinstance(bound_to, nn.Module) else None
+    if isinstance(bound_to, nn.Module):
+        return ModuleState(bound_to, is_whole=function.__name__ in WHOLE_CALLS)
+    return None
 
 
 class StopRerun(BaseException):
@@ -131,13 +141,12 @@ class Frame:
         self.function = function
         self.tensors, self._rebuild = _tree.flatten_call(args, kwargs)
         self.num_inputs = len(self.tensors)
-        owner = owner or _owner(function)
-        self.module_state = None if owner is None else ModuleState(owner)
+        self.module_state = state = _state_of(function, owner)
         self.runs_backward = False
         self._backwards = backwards = _this_thread.backwards
         self._num_backwards = backwards.num
         self._is_probe = not region.preserve_rng_state and region.habits.should_probe(
-            None if owner is None else owner.training
+            None if state is None else state.module.training
         )
         takes_rng = region.preserve_rng_state or self._is_probe
         self.ambient = Ambient(_device.rng_devices(self.tensors) if takes_rng else None)
@@ -229,7 +238,10 @@ class Frame:
 
     def name_of_input(self, index: int) -> str:
         """Name an input tensor by its flat position: ``argument 0``, ``argument `mask```."""
-        args, kwargs = self._rebuild([torch.empty(0)] * self.num_inputs)
+        try:
+            args, kwargs = self._rebuild([torch.empty(0)] * self.num_inputs)
+        except Exception:  # A class that checks what its fields are.
+            return "an argument"
         for name, value in (*enumerate(args), *kwargs.items()):
             count = len(_tree.flatten(value)[0])
             if index < count:

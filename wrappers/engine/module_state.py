@@ -5,11 +5,15 @@ again would update batch-norm statistics a second time, count a counter twice, r
 another mode after ``.eval()``, use the original weights where ``functional_call`` had put
 others, or use weights that an optimizer has changed since. So before a rerun
 
-* ``training`` flags are set as in forward;
-* buffers that the region changes are replaced by copies of what the forward started from,
-  and the objects of the present are put back afterwards: each is updated exactly once;
+* plain attributes (numbers, strings, flags such as ``training``, None) are set as in forward;
+* buffers that the region changes are replaced by copies of what the forward started from;
 * parameters and buffers that are other objects now are replaced by the forward's;
-* a parameter that was changed in place is an error that names it.
+* a parameter that was changed in place is an error that names it. One that the region itself
+  changes in forward is left alone. Where the region is not the whole module but one of its methods,
+  the error comes only if an operator reads the parameter.
+
+Afterwards the attributes, parameters and buffers of the present are put back, whatever the rerun
+did to them: each is updated exactly once.
 
 Copies cost time, so of the large buffers only those are copied which calls change. What a
 call changes is found out when the tree's modes are new: all buffers are copied then, and
@@ -18,19 +22,25 @@ changes for the first time later is seen by its version counter: there is no cop
 from, so that backward raises, and the next call copies it.
 
 Parameters below an FSDP module inside the region are left alone: FSDP swaps them on purpose.
+Reruns in several threads leave the module in order, but while one runs, the buffers that it
+replaces are replaced for all: do not call such a module in one thread while another recomputes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
+from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from wrappers import _knobs, _torch
+from wrappers import _device, _knobs, _torch, _tree
 from wrappers.engine.ambient import Undo
 from wrappers.errors import InputChangedError
 
@@ -38,60 +48,96 @@ _Dict = dict[str, Any]
 
 
 class _Learned:
-    """What earlier calls have shown about a module."""
+    """What earlier calls have shown about a module; places are (id of the dict, name)."""
 
-    __slots__ = ("changing", "modes")
+    __slots__ = ("buffers", "modes", "parameters")
 
     def __init__(self) -> None:
         #: The ``training`` flags of the whole tree in calls whose changes are known.
         self.modes: set[tuple[bool, ...]] = set()
-        #: Buffers that calls change, as (id of the ``_buffers`` dict, name).
-        self.changing: set[tuple[int, str]] = set()
+        #: Buffers that calls change.
+        self.buffers: set[tuple[int, str]] = set()
+        #: Parameters that calls change in place: ``max_norm`` of an embedding, a clamped weight.
+        self.parameters: set[tuple[int, str]] = set()
 
 
 _learned: weakref.WeakKeyDictionary[nn.Module, _Learned] = weakref.WeakKeyDictionary()
 
 
-class _Buffer:
-    __slots__ = ("before", "holder", "is_lost", "name", "tensor", "version")
+def _learned_about(module: nn.Module) -> _Learned:
+    learned = _learned.get(module)
+    if learned is None:
+        learned = _learned[module] = _Learned()
+    return learned
+
+
+class _Parameter:
+    __slots__ = ("first_version", "holder", "last_version", "name", "tensor")
 
     def __init__(self, holder: _Dict, name: str, tensor: Tensor) -> None:
         self.holder = holder
         self.name = name
         self.tensor = tensor
+        #: Version counters at the start and at the end of the forward.
+        self.first_version = _torch.version(tensor)
+        self.last_version: int | None = None
+
+    @property
+    def place(self) -> tuple[int, str]:
+        return id(self.holder), self.name
+
+
+class _Buffer:
+    __slots__ = ("before", "holder", "is_lost", "is_statistic", "name", "tensor", "version")
+
+    def __init__(self, holder: _Dict, name: str, tensor: Tensor, is_statistic: bool) -> None:
+        self.holder = holder
+        self.name = name
+        self.tensor = tensor
+        self.is_statistic = is_statistic
         self.version = _torch.version(tensor)
         #: A copy of the value before the forward, while the tensor may change or has changed.
         self.before: Tensor | None = None
         #: Whether the value before the forward is not known any more.
         self.is_lost = False
 
+    @property
+    def place(self) -> tuple[int, str]:
+        return id(self.holder), self.name
+
 
 class ModuleState:
-    """Modes, parameters and buffers of a module tree at the start of one forward.
+    """Attributes, parameters and buffers of a module tree at the start of one forward.
 
     Args:
         module: Root of the tree: what the region calls.
+        is_whole: Whether the region is a call of the module, and not of some method of it.
     """
 
     __slots__ = (
+        "_attributes",
         "_is_first",
-        "_learned",
+        "_is_whole",
+        "_modes",
         "_restored",
-        "_versions",
+        "_scripted",
         "buffers",
         "fsdp_modules",
-        "modes",
         "module",
         "parameters",
     )
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, is_whole: bool = True) -> None:
         self.module = module
-        self.modes: list[tuple[nn.Module, bool]] = []
+        self._is_whole = is_whole
         self.fsdp_modules: list[nn.Module] = []
-        self.parameters: list[tuple[_Dict, str, Tensor]] = []
+        self.parameters: list[_Parameter] = []
         self.buffers: list[_Buffer] = []
-        self._versions: list[int] | None = None
+        #: Each module's ``__dict__``, and what of it a rerun must find again.
+        self._attributes: list[tuple[_Dict, _Dict]] = []
+        self._scripted: list[tuple[nn.Module, bool]] = []
+        self._modes: list[bool] = []
+        self._is_first = False
         self._restored: list[Tensor] = []
         self._collect(module, _torch.fsdp_types())
         if self.buffers:
@@ -99,59 +145,80 @@ class ModuleState:
 
     def _collect(self, module: nn.Module, fsdp_types: tuple[type, ...] | None) -> None:
         """Walk the tree; ``fsdp_types`` is None below an FSDP module."""
-        self.modes.append((module, module.training))
+        self._modes.append(module.training)
         if isinstance(module, torch.jit.ScriptModule):
+            self._scripted.append((module, module.training))
             return  # Its containers are views that TorchScript makes anew at each look.
         if fsdp_types and isinstance(module, fsdp_types):
             self.fsdp_modules.append(module)
+            self._attributes.append((module.__dict__, {"training": module.training}))
             fsdp_types = None
+        else:
+            self._collect_attributes(module)
         if fsdp_types is not None:
             parameters: _Dict = module._parameters
             for name, parameter in parameters.items():
-                if parameter is not None:
-                    self.parameters.append((parameters, name, parameter))
+                if parameter is not None and not is_lazy(parameter):
+                    self.parameters.append(_Parameter(parameters, name, parameter))
         buffers: _Dict = module._buffers
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                self.buffers.append(_Buffer(buffers, name, buffer))
+        if buffers:
+            is_statistic = isinstance(module, _torch.NormWithStatistics)
+            for name, buffer in buffers.items():
+                if buffer is not None and not is_lazy(buffer):
+                    self.buffers.append(_Buffer(buffers, name, buffer, is_statistic))
         for child in module._modules.values():
             if child is not None:
                 self._collect(child, fsdp_types)
 
+    def _collect_attributes(self, module: nn.Module) -> None:
+        face: nn.Module | None = module
+        while face is not None:
+            attributes, atoms = face.__dict__, _tree.ATOMS
+            plain = {name: value for name, value in attributes.items() if type(value) in atoms}
+            self._attributes.append((attributes, plain))
+            # A wrapper has the containers of the module inside, but not its attributes.
+            face = attributes.get("_checkpoint_wrapped_module")
+
     def _copy_buffers(self) -> None:
-        learned = _learned.get(self.module)
-        if learned is None:
-            learned = _learned[self.module] = _Learned()
-        self._learned = learned
-        self._is_first = tuple([training for _, training in self.modes]) not in learned.modes
+        learned = _learned_about(self.module)
+        self._is_first = tuple(self._modes) not in learned.modes
         limit = _knobs.BUFFER_COPY_BYTES
-        chosen = [
-            b
-            for b in self.buffers
-            if self._is_first
-            or b.tensor.numel() * b.tensor.element_size() <= limit
-            or (id(b.holder), b.name) in learned.changing
-        ]
-        if chosen:
-            with _hidden():
-                for buffer in chosen:
-                    buffer.before = buffer.tensor.detach().clone()
+        copies: dict[int, Tensor] = {}  # two modules may share a buffer
+        with _hidden():
+            for buffer in self.buffers:
+                tensor = buffer.tensor
+                if (
+                    self._is_first
+                    or buffer.is_statistic
+                    or tensor.numel() * tensor.element_size() <= limit
+                    or buffer.place in learned.buffers
+                ):
+                    buffer.before = copies.get(id(tensor))
+                    if buffer.before is None:
+                        buffer.before = copies[id(tensor)] = tensor.detach().clone()
 
     def finish(self) -> None:
         """Note, at the end of the forward, what it has changed."""
-        self._versions = [_torch.version(parameter) for _, _, parameter in self.parameters]
+        for parameter in self.parameters:
+            version = parameter.last_version = _torch.version(parameter.tensor)
+            if version != parameter.first_version:
+                _learned_about(self.module).parameters.add(parameter.place)
         if not self.buffers:
             return
-        learned = self._learned
+        learned = _learned_about(self.module)
         for buffer in self.buffers:
+            # A comparison waits for an accelerator, so there it is made in first calls only.
+            is_compared = buffer.before is not None and (
+                self._is_first or _device.is_host(buffer.tensor)
+            )
             if _torch.version(buffer.tensor) != buffer.version or (
-                self._is_first and not _is_equal(buffer.before, buffer.tensor)
+                is_compared and not _is_equal(buffer.before, buffer.tensor)
             ):
-                learned.changing.add((id(buffer.holder), buffer.name))
+                learned.buffers.add(buffer.place)
                 buffer.is_lost = buffer.before is None
-            elif (id(buffer.holder), buffer.name) not in learned.changing:
+            elif not buffer.is_statistic and buffer.place not in learned.buffers:
                 buffer.before = None
-        learned.modes.add(tuple([training for _, training in self.modes]))
+        learned.modes.add(tuple(self._modes))
 
     def enter(self, undo: Undo, fqn: str) -> None:
         """Give the module the forward's state.
@@ -161,40 +228,72 @@ class ModuleState:
             fqn: Name of the region, for the error.
 
         Raises:
-            InputChangedError: A parameter was changed in place since the forward, or a large
-                buffer by the forward, for the first time.
+            InputChangedError: A parameter was changed in place since the forward (see the file's
+                head), or a large buffer by the forward, for the first time.
         """
-        if self._versions is not None:
-            for (_, _, parameter), version in zip(self.parameters, self._versions, strict=True):
-                if _torch.version(parameter) != version:
-                    raise self._changed(parameter, fqn)
-        for module, training in self.modes:
-            if module.training is not training:
-                undo.append(partial(setattr, module, "training", module.training))
-                module.training = training
-        for holder, name, parameter in self.parameters:
-            if holder.get(name) is not parameter:
-                _swap(holder, name, parameter, undo)
+        self._guard_parameters(undo, fqn)
+        for attributes, forward in self._attributes:
+            undo.append(partial(_put_back, attributes, attributes.copy()))
+            for name, value in forward.items():
+                if attributes.get(name, undo) is not value:
+                    attributes[name] = value
+        for module, training in self._scripted:
+            undo.append(partial(setattr, module, "training", module.training))
+            module.training = training
+        for parameter in self.parameters:
+            if parameter.holder.get(parameter.name) is not parameter.tensor:
+                _swap(parameter.holder, parameter.name, parameter.tensor, undo)
+        stand_ins: dict[int, Tensor] = {}
         for buffer in self.buffers:
             tensor = buffer.tensor
             if buffer.is_lost:
                 raise self._lost(buffer, fqn)
             if buffer.before is not None:
-                with _hidden():
-                    tensor = buffer.before.clone()
-                self._restored.append(tensor)
-            if buffer.holder.get(buffer.name) is not tensor:
-                _swap(buffer.holder, buffer.name, tensor, undo)
+                stand_in = stand_ins.get(id(tensor))
+                if stand_in is None:
+                    with _hidden():
+                        stand_in = stand_ins[id(tensor)] = buffer.before.clone()
+                    stand_in._stands_for = tensor, get_ident()  # type: ignore[attr-defined]
+                    self._restored.append(stand_in)
+                tensor = stand_in
+            # Also where nothing is to be swapped: the rerun itself may put another one there.
+            _swap(buffer.holder, buffer.name, tensor, undo)
         if self._restored:
             undo.append(self._restored.clear)
 
+    def _guard_parameters(self, undo: Undo, fqn: str) -> None:
+        changed = [
+            p
+            for p in self.parameters
+            if p.last_version is not None and _torch.version(p.tensor) != p.last_version
+        ]
+        if changed:
+            learned = _learned_about(self.module)
+            tensors = [p.tensor for p in changed if p.place not in learned.parameters]
+            if self._is_whole and tensors:
+                raise self._changed(tensors[0], fqn)
+            guard = _ReadGuard(tensors, lambda tensor: self._changed(tensor, fqn))
+            guard.__enter__()  # type: ignore[no-untyped-call]
+            undo.append(partial(guard.__exit__, None, None, None))
+
     def trainable_leaves(self) -> list[Tensor]:
         """The parameters that a backward adds gradients to."""
-        return [p for _, _, p in self.parameters if p.is_leaf and p.requires_grad]
+        tensors = [parameter.tensor for parameter in self.parameters]
+        return [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
 
-    def is_restored(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a view of a copy that stands in for a buffer right now."""
-        return any(_torch.is_same_storage(tensor, restored) for restored in self._restored)
+    def may_change(self, tensor: Tensor) -> bool:
+        """Whether a saved tensor's version says nothing, as the region itself changes the tensor.
+
+        It is a view of a copy that stands in for a buffer right now, or of such a parameter.
+        """
+        if any(_torch.is_same_storage(tensor, restored) for restored in self._restored):
+            return True
+        learned = _learned.get(self.module)
+        return learned is not None and any(
+            parameter.place in learned.parameters
+            and _torch.is_same_storage(tensor, parameter.tensor)
+            for parameter in self.parameters
+        )
 
     def name_of(self, tensor: Tensor) -> str:
         """Name a tensor that is, or is a view of, a parameter or buffer; else return ``""``."""
@@ -229,11 +328,44 @@ class ModuleState:
         )
 
 
+class _ReadGuard(_torch.TorchDispatchMode):
+    """Raises when an operator reads one of the tensors."""
+
+    def __init__(self, tensors: list[Tensor], error: Callable[[Tensor], Exception]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors = tensors
+        self._error = error
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: _Dict | None = None
+    ) -> Any:
+        for tensor in _tree.flatten((args, kwargs))[0]:
+            for guarded in self._tensors:
+                if _torch.is_same_storage(tensor, guarded):
+                    raise self._error(guarded)
+        return func(*args, **(kwargs or {}))
+
+
+def _put_back(attributes: _Dict, before: _Dict) -> None:
+    """Give a module the plain attributes that it had."""
+    if len(attributes) == len(before) and all(
+        map(operator.is_, attributes.values(), before.values())
+    ):
+        return
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    attributes.update(before)
+
+
 def _swap(holder: _Dict, name: str, tensor: Tensor, undo: Undo) -> None:
-    if name in holder:
-        undo.append(partial(holder.__setitem__, name, holder[name]))
-    else:
+    present = holder.get(name)
+    if present is None and name not in holder:
         undo.append(partial(holder.pop, name, None))
+    else:
+        original, thread = getattr(present, "_stands_for", (present, None))
+        if thread == get_ident():
+            original = present  # A rerun around this one has put it there.
+        undo.append(partial(holder.__setitem__, name, original))
     holder[name] = tensor
 
 

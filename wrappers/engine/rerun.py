@@ -259,7 +259,7 @@ class RerunFrame(Frame):
         """
         if getattr(self._recompute_context, "allows_mutation", False):
             return True
-        if self.module_state is not None and self.module_state.is_restored(tensor):
+        if self.module_state is not None and self.module_state.may_change(tensor):
             return True
         # Hooks around the region may bring its inputs back with other versions.
         return any(

@@ -80,6 +80,18 @@ class _Cache:
         self.kept: dict[Any, dict[int, Any]] = {}
 
 
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns a view of an argument.
+
+    A view is never kept: it costs nothing to make again, would keep its whole base, and would not
+    see what the rerun writes into the base that it has recomputed.
+    """
+    schema = getattr(func, "_schema", None)  # a higher-order operator has none
+    infos = [value.alias_info for value in schema.returns] if schema else []
+    return any(info is not None and not info.is_write for info in infos)
+
+
 class _KeepMode(_torch.TorchDispatchMode):
     """Around the forward: asks the policy and keeps outputs."""
 
@@ -107,7 +119,7 @@ class _KeepMode(_torch.TorchDispatchMode):
         counts = self._cache.counts
         index = counts.get(func, 0)
         counts[func] = index + 1
-        if policy in _KEEP:
+        if policy in _KEEP and not _is_view(func):
             kept = self._cache.kept.setdefault(func, {})
             kept[index] = _Kept(out, offload=policy in _OFFLOAD)
         return out
