@@ -178,9 +178,9 @@ def test_settings_and_fqns_reach_the_regions(inplace):
         model, check_fn=BLOCK, inplace=inplace, impl=CheckpointImpl.REENTRANT, early_stop=False
     )
     faces = [layer.forward if inplace else layer for layer in model.layers]
-    assert [face.fqn for face in faces] == list(LAYERS)
-    assert [face._region.impl for face in faces] == [CheckpointImpl.REENTRANT] * 3
-    assert [face._region.early_stop for face in faces] == [False] * 3
+    assert [face.region_fqn for face in faces] == list(LAYERS)
+    assert [face._checkpoint_region.impl for face in faces] == [CheckpointImpl.REENTRANT] * 3
+    assert [face._checkpoint_region.early_stop for face in faces] == [False] * 3
 
 
 def test_other_wrapper_functions():
@@ -193,7 +193,7 @@ def test_other_wrapper_functions():
     assert [type(layer) for layer in model.layers] == [theirs.CheckpointWrapper] * 3
     model = Model()
     apply_activation_checkpointing(model, CheckpointWrapper, BLOCK)
-    assert [layer.fqn for layer in model.layers] == list(LAYERS)
+    assert [layer.region_fqn for layer in model.layers] == list(LAYERS)
 
 
 # --- Shared modules ---------------------------------------------------------------------------

@@ -293,8 +293,8 @@ def _put(tree: _Tree, module: nn.Module, wrapper: object) -> None:
         for parent, name in tree.places[module]:
             setattr(parent, name, wrapper)
     for face in (*wrapper_layers(wrapper), *in_place_layers(plain_module(wrapper))):
-        if isinstance(face, (CheckpointWrapper, CheckpointForward)) and not face.fqn:
-            face.fqn = tree.names[module]
+        if isinstance(face, (CheckpointWrapper, CheckpointForward)) and not face.region_fqn:
+            face.region_fqn = tree.names[module]
 
 
 def _warn_skipped(reasons: Iterable[str]) -> None:

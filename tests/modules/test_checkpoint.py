@@ -89,7 +89,7 @@ def test_without_grad_mode_nothing_is_recorded(face, monkeypatch):
 @pytest.mark.parametrize("face", FACES)
 def test_in_place_and_wrapped_regions_know_their_module(face):
     module = face(Mlp())
-    (module if face is CheckpointWrapper else module.forward).fqn = "layers.3"
+    (module if face is CheckpointWrapper else module.forward).region_fqn = "layers.3"
     out = module(torch.ones(2, 4, requires_grad=True))
     with torch.no_grad():
         module.up.weight.add_(1)
@@ -102,7 +102,7 @@ def test_in_place_and_wrapped_regions_know_their_module(face):
 def test_settings(face):
     module = face(Mlp(), preserve_rng_state=False, early_stop=False, determinism_check="none")
     owner = module if face is CheckpointWrapper else module.forward
-    region = owner._region
+    region = owner._checkpoint_region
     assert (region.preserve_rng_state, region.early_stop) == (False, False)
     assert region.determinism_check == "none"
     assert owner.checkpoint_impl is region.impl is CheckpointImpl.NO_REENTRANT
@@ -116,7 +116,7 @@ def test_impl_has_two_names(face):
     ):
         module = face(Mlp(), **kwargs)
         owner = module if face is CheckpointWrapper else module.forward
-        assert owner._region.impl is CheckpointImpl.REENTRANT
+        assert owner._checkpoint_region.impl is CheckpointImpl.REENTRANT
     with pytest.raises(ValueError, match="checkpoint_impl=NO_REENTRANT, impl=REENTRANT"):
         face(Mlp(), checkpoint_impl=CheckpointImpl.NO_REENTRANT, impl=CheckpointImpl.REENTRANT)
 

@@ -93,7 +93,7 @@ def _delegate(name: str) -> Any:
     """Make a method that calls the inner module's; the wrapper stands in for its ``self``."""
 
     def method(self: ActivationWrapper, *args: Any, **kwargs: Any) -> Any:
-        owner = self._owner()
+        owner = self._wrapped_owner()
         result = getattr(owner, name)(*args, **kwargs)
         return self if result is owner else result
 
@@ -103,7 +103,7 @@ def _delegate(name: str) -> Any:
 
 
 def _delegate_value(name: str) -> property:
-    return property(lambda self: getattr(self._owner(), name))
+    return property(lambda self: getattr(self._wrapped_owner(), name))
 
 
 @functools.cache
@@ -191,13 +191,13 @@ class ActivationWrapper(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the inner module as a region."""
 
-    def _owner(self) -> nn.Module:
+    def _wrapped_owner(self) -> nn.Module:
         """The module whose containers and methods stand behind this wrapper."""
         return _containers_of(self._checkpoint_wrapped_module)
 
-    def _link(self) -> None:
+    def _link_wrapped(self) -> None:
         own = self.__dict__
-        owner = self._owner()
+        owner = self._wrapped_owner()
         for name in _SHARED:
             own[name] = getattr(owner, name)
         own.pop("training", None)
@@ -216,12 +216,12 @@ class ActivationWrapper(nn.Module, ABC):
         if name == "__class__" and value.__name__ == f"Parametrized{type(self).__name__}":
             _read_parametrizations(self._checkpoint_wrapped_module)
         if name in _SHARED:
-            setattr(self._owner(), name, value)
-            self._link()
+            setattr(self._wrapped_owner(), name, value)
+            self._link_wrapped()
         elif name == _CHECKPOINT_WRAPPED_MODULE:
             object.__setattr__(self, name, value)
-            self._link()
-        elif self._is_own(name):
+            self._link_wrapped()
+        elif self._is_own_attribute(name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._checkpoint_wrapped_module, name, value)
@@ -232,7 +232,7 @@ class ActivationWrapper(nn.Module, ABC):
         else:
             delattr(self._checkpoint_wrapped_module, name)
 
-    def _is_own(self, name: str) -> bool:
+    def _is_own_attribute(self, name: str) -> bool:
         return name in self._own_attributes or name in self.__dict__
 
     def __dir__(self) -> list[str]:
@@ -263,7 +263,7 @@ class ActivationWrapper(nn.Module, ABC):
 
         An inner module that FSDP manages is yielded itself: FSDP finds its modules this way.
         """
-        owner = self._owner()
+        owner = self._wrapped_owner()
         stand_in = owner if isinstance(owner, _torch.fsdp_types()) else self
         for name, module in owner.named_modules(memo, prefix, remove_duplicate):
             yield name, stand_in if module is owner else module
@@ -272,9 +272,9 @@ class ActivationWrapper(nn.Module, ABC):
         inner = repr(self._checkpoint_wrapped_module)
         if "\n" in inner:
             inner = "\n" + textwrap.indent(inner, "  ") + "\n"
-        return f"{type(self).__name__}[{self._settings()}]({inner})"
+        return f"{type(self).__name__}[{self._wrapper_settings()}]({inner})"
 
-    def _settings(self) -> str:
+    def _wrapper_settings(self) -> str:
         """What ``repr`` says about the wrapper itself."""
         return ""
 
@@ -289,8 +289,8 @@ class ActivationWrapper(nn.Module, ABC):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Pickle and deepcopy keep shared objects shared, unless the inner module's class copies
         # its containers itself. In a cycle the inner module may not have its state yet.
-        if "_parameters" in vars(self._owner()):
-            self._link()
+        if "_parameters" in vars(self._wrapped_owner()):
+            self._link_wrapped()
 
     def _replicate_for_data_parallel(self) -> ActivationWrapper:
         replica: ActivationWrapper = nn.Module.__new__(type(self))

@@ -46,9 +46,9 @@ class _Checkpointing:
 
     checkpoint_impl: CheckpointImpl
     checkpoint_fn: _CheckpointFn | None
-    _region: Region
+    _checkpoint_region: Region
 
-    def _configure(
+    def _configure_region(
         self,
         checkpoint_impl: CheckpointImpl | None,
         checkpoint_fn: _CheckpointFn | None,
@@ -60,9 +60,9 @@ class _Checkpointing:
         if checkpoint_fn is not None:
             self.checkpoint_fn = partial(checkpoint_fn, **kwargs)
             kwargs = {}
-        self._region = Region(impl=self.checkpoint_impl, **kwargs)
+        self._checkpoint_region = Region(impl=self.checkpoint_impl, **kwargs)
 
-    def _run(
+    def _run_region(
         self, function: Callable[..., Any], args: Any, kwargs: Any, owner: nn.Module | None = None
     ) -> Any:
         if self.checkpoint_fn is not None:
@@ -70,8 +70,8 @@ class _Checkpointing:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return run_compiled(self._region, function, args, kwargs)
-        return run_region(self._region, function, args, kwargs, owner)
+            return run_compiled(self._checkpoint_region, function, args, kwargs)
+        return run_region(self._checkpoint_region, function, args, kwargs, owner)
 
     def _run_checkpoint_fn(
         self, checkpoint_fn: _CheckpointFn, function: Callable[..., Any], args: Any, kwargs: Any
@@ -88,13 +88,13 @@ class _Checkpointing:
         return checkpoint_fn(positional, *args, *kwargs.values())
 
     @property
-    def fqn(self) -> str:
+    def region_fqn(self) -> str:
         """The region's name in errors and warnings, as in the unwrapped model."""
-        return self._region.fqn
+        return self._checkpoint_region.fqn
 
-    @fqn.setter
-    def fqn(self, value: str) -> None:
-        self._region.fqn = value
+    @region_fqn.setter
+    def region_fqn(self, value: str) -> None:
+        self._checkpoint_region.fqn = value
 
 
 def _resolve_impl(
@@ -130,8 +130,8 @@ class CheckpointWrapper(ActivationWrapper, _Checkpointing):
     _own_attributes = ActivationWrapper._own_attributes | {
         "checkpoint_impl",
         "checkpoint_fn",
-        "_region",
-        "fqn",
+        "_checkpoint_region",
+        "region_fqn",
     }
 
     def __init__(
@@ -144,13 +144,13 @@ class CheckpointWrapper(ActivationWrapper, _Checkpointing):
         **checkpoint_fn_kwargs: Any,
     ) -> None:
         super().__init__(mod)
-        self._configure(checkpoint_impl, checkpoint_fn, impl, checkpoint_fn_kwargs)
+        self._configure_region(checkpoint_impl, checkpoint_fn, impl, checkpoint_fn_kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the inner module as a region."""
-        return self._run(self._checkpoint_wrapped_module, args, kwargs)
+        return self._run_region(self._checkpoint_wrapped_module, args, kwargs)
 
-    def _settings(self) -> str:
+    def _wrapper_settings(self) -> str:
         return _settings_text(self)
 
 
@@ -167,11 +167,11 @@ class CheckpointForward(InPlaceForward, _Checkpointing):
         **checkpoint_fn_kwargs: Any,
     ) -> None:
         super().__init__(module)
-        self._configure(checkpoint_impl, checkpoint_fn, impl, checkpoint_fn_kwargs)
+        self._configure_region(checkpoint_impl, checkpoint_fn, impl, checkpoint_fn_kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the original forward as a region."""
-        return self._run(self.__wrapped__, args, kwargs, self.__self__)
+        return self._run_region(self.__wrapped__, args, kwargs, self.__self__)
 
 
 def _settings_text(face: _Checkpointing) -> str:
@@ -230,5 +230,5 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 
 def _described(module: nn.Module) -> str:
-    fqn = getattr(module, "fqn", "")
+    fqn = getattr(module, "region_fqn", "")
     return f"region `{fqn}`" if isinstance(fqn, str) and fqn else f"a {type(module).__name__}"

@@ -42,7 +42,7 @@ class _Offloading:
     _min_bytes: int
     _pin_memory: bool
 
-    def _configure(self, min_bytes: int | None, pin_memory: bool) -> None:
+    def _configure_region(self, min_bytes: int | None, pin_memory: bool) -> None:
         if min_bytes is None:
             min_bytes = _knobs.OFFLOAD_MIN_BYTES
         if min_bytes < 0:
@@ -50,7 +50,7 @@ class _Offloading:
         self._min_bytes = min_bytes
         self._pin_memory = pin_memory
 
-    def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _run_region(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A compiler places activations itself: hooks inside a traced region break the graph.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return function(*args, **kwargs)
@@ -80,13 +80,13 @@ class OffloadWrapper(ActivationWrapper, _Offloading):
         self, mod: nn.Module, *, min_bytes: int | None = None, pin_memory: bool = True
     ) -> None:
         super().__init__(mod)
-        self._configure(min_bytes, pin_memory)
+        self._configure_region(min_bytes, pin_memory)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the inner module with saved tensors going to the host."""
-        return self._run(self._checkpoint_wrapped_module, args, kwargs)
+        return self._run_region(self._checkpoint_wrapped_module, args, kwargs)
 
-    def _settings(self) -> str:
+    def _wrapper_settings(self) -> str:
         return f"min_bytes={self._min_bytes}"
 
 
@@ -97,11 +97,11 @@ class OffloadForward(InPlaceForward, _Offloading):
         self, module: nn.Module, *, min_bytes: int | None = None, pin_memory: bool = True
     ) -> None:
         super().__init__(module)
-        self._configure(min_bytes, pin_memory)
+        self._configure_region(min_bytes, pin_memory)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the original forward with saved tensors going to the host."""
-        return self._run(self.__wrapped__, args, kwargs)
+        return self._run_region(self.__wrapped__, args, kwargs)
 
 
 def offload_wrapper(
