@@ -7,7 +7,10 @@ would make the recompute use other values is an error that names what was change
 from __future__ import annotations
 
 import copy
+import dataclasses
+import threading
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -758,3 +761,447 @@ def test_buffers_with_nan(impl):
     ours = run(lambda m, x: checkpoint(m, x, impl=impl))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# --- Plain attributes
+
+
+@both_impls
+@both_stops
+@pytest.mark.parametrize(
+    ("first", "then"), [(0, 1), (0.5, 1.5), (None, "x"), ("a", "b"), (False, True), (1, None)]
+)
+def test_a_plain_attribute_that_the_forward_rebinds(impl, early_stop, first, then):
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = first
+
+        def forward(self, x):
+            is_first, self.state = self.state == first, then
+            return x.sin().exp() if is_first else x.cos()
+
+    module, x, plain_x = Switch(), leaf(4), leaf(4)
+    checkpoint(module, x, impl=impl, early_stop=early_stop).sum().backward()
+    plain_x.sin().exp().sum().backward()
+    assert torch.equal(x.grad, plain_x.grad)
+    assert module.state is then
+
+
+class Stepping(nn.Module):
+    """Its operators depend on a number that it counts up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.step = 0
+
+    def forward(self, x):
+        self.step += 1
+        if self.step % 2:
+            return self.linear(x).sin()
+        return self.linear(self.linear(x)).exp().cos()
+
+
+@both_impls
+@both_stops
+def test_a_module_that_branches_on_a_number_that_it_counts_up(impl, early_stop):
+    assert_trains_like_plain(Stepping(), 4, impl=impl, early_stop=early_stop)
+
+
+@both_impls
+def test_a_number_that_the_forward_counts_up_counts_each_call_once(impl):
+    module = Stepping()
+    outs = [checkpoint(module, leaf(2, 4), impl=impl) for _ in range(3)]
+    for out in outs:
+        out.sum().backward()
+    assert module.step == 3
+
+
+@both_impls
+def test_a_cache_that_registers_its_buffer_anew_for_longer_inputs(impl):
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(4, 4)
+            self.set(2)
+
+        def set(self, size):
+            self.size = size
+            table = torch.arange(size * 4.0).view(size, 4).cos()
+            self.register_buffer("table", table, persistent=False)
+
+        def forward(self, x):
+            if x.shape[0] > self.size:
+                self.set(x.shape[0])
+            return self.linear(x * self.table[: x.shape[0]]).sin()
+
+    assert_trains_like_plain(Rotary(), impl=impl)
+    module = Rotary()
+    out = checkpoint(module, leaf(5, 4), impl=impl)
+    table = module.table
+    out.sum().backward()
+    assert module.table is table
+    assert module.size == 5
+
+
+class Remembering(nn.Module):
+    """Keeps a tensor of its forward as an attribute."""
+
+    def forward(self, x):
+        self.last = x.sin()
+        return self.last.exp().cos()
+
+
+@both_impls
+def test_a_tensor_that_the_forward_stores_is_the_forwards_after_backward(impl):
+    module = Remembering()
+    out = checkpoint(module, leaf(4), impl=impl)
+    last = module.last
+    out.sum().backward()
+    assert module.last is last
+
+
+def test_a_backward_through_a_tensor_that_the_forward_stored():
+    results = []
+    for is_region in (True, False):
+        module, x = Remembering(), leaf(4)
+        out = checkpoint(module, x) if is_region else module(x)
+        out.sum().backward(retain_graph=True)
+        module.last.square().sum().backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+@both_impls
+def test_an_attribute_that_the_user_changes_between_forward_and_backward(impl):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.seen = 3.0, []
+
+        def forward(self, x):
+            self.seen.append(self.scale)
+            return (x * self.scale).sin()
+
+    module, x, plain_x = Scaled(), leaf(4), leaf(4)
+    out = checkpoint(module, x, impl=impl)
+    module.scale = 2.0
+    out.sum().backward()
+    (plain_x * 3.0).sin().sum().backward()
+    assert torch.equal(x.grad, plain_x.grad)
+    assert module.seen == [3.0, 3.0]
+    assert module.scale == 2.0
+
+
+# --- Buffers that a later call is the first to change
+
+
+class Skipping(nn.Module):
+    """Batch norm that some calls leave out, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.use = False
+
+    def forward(self, x):
+        x = self.linear(x)
+        return (self.norm(x) if self.use else x).sin()
+
+
+class ChangedThroughData(nn.Module):
+    """``.data`` has a version counter of its own, so the buffer's does not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+        self.use = False
+
+    def forward(self, x):
+        if self.use:
+            self.scale.data.mul_(1.5)
+        return (x * self.scale).sin().exp()
+
+
+@both_impls
+@both_stops
+@pytest.mark.parametrize("make", [Skipping, ChangedThroughData])
+def test_a_buffer_that_a_later_call_is_the_first_to_change_unseen(impl, early_stop, make):
+    def run(call):
+        module, results = make(), []
+        for step in range(4):
+            module.use = step > 0
+            x = leaf(6, 4, seed=step)
+            call(module, x).sum().backward()
+            results += [x.grad, *(b.clone() for b in module.buffers())]
+        return results
+
+    plain = run(lambda m, x: m(x))
+    ours = run(lambda m, x: checkpoint(m, x, impl=impl, early_stop=early_stop))
+    assert all(map(torch.equal, ours, plain))
+
+
+@both_impls
+@both_stops
+def test_a_buffer_that_two_modules_share(impl, early_stop):
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Module(), nn.Module()
+            count = torch.zeros(())
+            self.a.register_buffer("count", count)
+            self.b.register_buffer("count", count)
+
+        def forward(self, x):
+            self.a.count.add_(1)
+            return (x * self.b.count).sin().exp()
+
+    def run(call):
+        module, results = Sharing(), []
+        for step in range(3):
+            x = leaf(4, seed=step)
+            call(module, x).sum().backward()
+            assert module.a.count is module.b.count
+            results += [x.grad, module.a.count.clone()]
+        return results
+
+    plain = run(lambda m, x: m(x))
+    ours = run(lambda m, x: checkpoint(m, x, impl=impl, early_stop=early_stop))
+    assert all(map(torch.equal, ours, plain))
+
+
+@both_impls
+def test_two_threads_that_recompute_one_module_leave_its_own_buffers(impl):
+    """A enters, B enters, A leaves, B leaves: what B finds in the module is A's."""
+    a_is_in, b_is_in, a_is_out = (threading.Event() for _ in range(3))
+
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.norm(x)
+            if threading.current_thread().name == "A":
+                a_is_in.set()
+                assert b_is_in.wait(60)
+            elif threading.current_thread().name == "B":
+                b_is_in.set()
+                assert a_is_out.wait(60)
+            return y.sin().exp()
+
+    module = Meeting()
+    buffers = list(module.buffers())
+    outs = [checkpoint(module, leaf(6, 4, seed=s), impl=impl) for s in range(2)]
+
+    def run_a():
+        outs[0].sum().backward()
+        a_is_out.set()
+
+    def run_b():
+        assert a_is_in.wait(60)
+        outs[1].sum().backward()
+
+    threads = [threading.Thread(target=f, name=n) for f, n in [(run_a, "A"), (run_b, "B")]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(a is b for a, b in zip(module.buffers(), buffers, strict=True))
+    assert module.norm.num_batches_tracked.item() == 2
+
+
+@both_impls
+def test_a_lazy_batch_norm_is_materialised_in_the_region(impl):
+    def run(call):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Lazy modules are a new feature")
+            module = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Tanh())
+        results = []
+        for step in range(2):
+            x = leaf(6, 5, seed=step)
+            call(module, x).square().sum().backward()
+            results += [x.grad, *(p.grad.clone() for p in module.parameters())]
+        return [*results, module[1].num_batches_tracked]
+
+    plain = run(lambda m, x: m(x))
+    ours = run(lambda m, x: checkpoint(m, x, impl=impl))
+    assert len(ours) == len(plain)
+    assert all(map(torch.equal, ours, plain))
+
+
+# --- Partials and methods of a module
+
+WHOLE = pytest.mark.parametrize(
+    "wrap", [partial, lambda m: partial(m.__call__), lambda m: partial(partial(m.forward))]
+)
+
+
+@both_impls
+@WHOLE
+def test_a_partial_of_a_module_uses_its_state(impl, wrap):
+    ours = train(Norms(), lambda m, x: checkpoint(wrap(m), x, impl=impl))
+    plain = train(Norms(), lambda m, x: m(x))
+    assert len(ours) == len(plain)
+    assert all(map(torch.equal, ours, plain))
+
+
+@both_impls
+@WHOLE
+def test_a_partial_of_a_module_guards_its_parameters(impl, wrap):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    out = checkpoint(wrap(module), leaf(2, 4), impl=impl)
+    with torch.no_grad():
+        module[0].weight.add_(1)
+    with pytest.raises(InputChangedError, match=r"parameter `0\.weight` was changed in place"):
+        out.sum().backward()
+
+
+class TwoMethods(nn.Module):
+    """A block whose halves are regions of their own: methods, so each has the whole module."""
+
+    def __init__(self, call=lambda f, x: f(x)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.call = call
+
+    def _attn(self, x):
+        return self.attn(x).sin().cos()
+
+    def _mlp(self, x):
+        return self.mlp(x).sin().cos()
+
+    def forward(self, x):
+        x = x + self.call(self._attn, x)
+        return x + self.call(self._mlp, x)
+
+
+@both_impls
+@both_stops
+def test_an_optimizer_that_steps_in_backward_between_two_methods(impl, early_stop):
+    def run(call):
+        module, results = TwoMethods(call), []
+
+        def step(parameter):
+            with torch.no_grad():
+                parameter.sub_(parameter.grad, alpha=0.1)
+            parameter.grad = None
+
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        for seed in range(3):
+            x = leaf(6, 4, seed=seed)
+            module(x).square().sum().backward()
+            results.append(x.grad)
+        return [*results, *module.parameters()]
+
+    plain = run(lambda f, x: f(x))
+    ours = run(lambda f, x: checkpoint(f, x, impl=impl, early_stop=early_stop))
+    assert all(map(torch.equal, ours, plain))
+
+
+@both_impls
+def test_a_parameter_that_a_method_reads_changed_in_place_raises_and_is_named(impl):
+    module = TwoMethods()
+    out = checkpoint(module._mlp, leaf(2, 4), impl=impl)
+    with torch.no_grad():
+        module.attn.weight.add_(1)
+    out.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        module.mlp.weight.add_(1)
+    with pytest.raises(InputChangedError) as caught:
+        out.sum().backward()
+    assert caught.value.tensor == "parameter `mlp.weight`"
+    assert caught.value.fqn.endswith("TwoMethods._mlp")
+
+
+# --- Parameters that the forward itself changes, called twice before one backward
+
+
+class Renormed(nn.Module):
+    """``max_norm`` renormalises the rows that are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 4, max_norm=0.5)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, index):
+        return self.linear(self.embedding(index)).tanh()
+
+
+class Clamped(nn.Module):
+    """Clamps its own weight before use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-3, 3, 8).reshape(2, 4))
+
+    def forward(self, index):
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return (self.weight[index % 2] * 0.5).sin().exp()
+
+
+@both_impls
+@both_stops
+@pytest.mark.parametrize("make", [Renormed, Clamped])
+def test_a_parameter_that_two_forwards_change_before_one_backward(impl, early_stop, make):
+    def run(call):
+        module, results = make(), []
+        for step in range(3):
+            outs = [call(module, torch.arange(4) + shift + step) for shift in (0, 2)]
+            torch.stack(outs).square().sum().backward()
+            results += [p.grad.clone() for p in module.parameters()]
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(2)
+        return [*results, *module.parameters()]
+
+    plain = run(lambda m, i: m(i))
+    ours = run(lambda m, i: checkpoint(m, i, impl=impl, early_stop=early_stop))
+    assert all(map(torch.equal, ours, plain))
+
+
+# --- Inputs whose class checks them
+
+
+class Checked:
+    """A pytree node whose constructor wants a certain shape."""
+
+    def __init__(self, tensor) -> None:
+        if tensor.shape != (4,):
+            raise ValueError(f"wanted 4 numbers, got {tuple(tensor.shape)}")
+        self.tensor = tensor
+
+
+torch.utils._pytree.register_pytree_node(
+    Checked, lambda box: ([box.tensor], None), lambda children, _: Checked(children[0])
+)
+
+
+@dataclasses.dataclass
+class CheckedFields:
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.tensor.shape != (4,):
+            raise ValueError(f"wanted 4 numbers, got {tuple(self.tensor.shape)}")
+
+
+@both_impls
+@pytest.mark.parametrize("kind", [Checked, CheckedFields])
+def test_an_input_in_a_class_that_checks_it_changed_in_place(impl, kind):
+    y = leaf(4) * 1
+    out = checkpoint(lambda x, box: (x * box.tensor).sin(), leaf(4), kind(y), impl=impl)
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(InputChangedError, match="argument"):
+        out.sum().backward()
