@@ -25,7 +25,7 @@ from tests.distributed.models import (
     make_model,
     single_process,
 )
-from wrappers import CheckpointWrapper, apply_activation_checkpointing
+from wrappers import apply_activation_checkpointing
 
 NUM_UNITS = NUM_BLOCKS + 1
 
@@ -38,20 +38,15 @@ def is_block_unit(module: nn.Module) -> bool:
     return isinstance(module, FullyShardedDataParallel) and isinstance(module.module, Block)
 
 
-def wrappers_only(module, recurse, nonwrapped_numel):
-    return recurse or isinstance(module, CheckpointWrapper)
-
-
 def make_fsdp(order, impl, use_orig_params):
     model = make_model(batch_norm=False)
     if order in ("inside", "in_place"):
         apply_activation_checkpointing(
             model, check_fn=is_block, impl=impl, inplace=order == "in_place"
         )
-    policy = wrappers_only if order == "inside" else ModuleWrapPolicy({Block})
     fsdp = FullyShardedDataParallel(
         model,
-        auto_wrap_policy=policy,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )

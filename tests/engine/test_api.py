@@ -23,7 +23,7 @@ from tests.engine.helpers import (
     leaf,
     live_frames,
 )
-from wrappers import CheckpointImpl, checkpoint, checkpoint_sequential
+from wrappers import CheckpointImpl, InputChangedError, checkpoint, checkpoint_sequential
 from wrappers.engine.rerun import RerunFrame
 
 both = pytest.mark.parametrize("impl", IMPLS)
@@ -425,3 +425,35 @@ def test_nan_is_reported_by_anomaly_mode_as_plain():
                 pytest.raises(RuntimeError, match="returned nan values"),
             ):
                 run(leaf(4)).sum().backward()
+
+
+# --- Names of regions that nobody has named ---------------------------------------------
+
+
+def name_in_error(function, impl):
+    """How the error about a changed input names the region."""
+    y = leaf(3) * 1
+    out = checkpoint(function, y, impl=impl)
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(InputChangedError) as caught:
+        out.sum().backward()
+    return caught.value.fqn
+
+
+@both
+def test_a_region_of_a_builtin_is_named_after_it_and_not_after_an_earlier_one(impl):
+    names = [name_in_error(function, impl) for function in (torch.sin, torch.exp, torch.tanh)]
+    assert [name.split(".")[-1] for name in names] == ["sin", "exp", "tanh"]
+
+
+@both
+def test_a_region_of_a_partial_is_named_after_what_it_calls(impl):
+    class Named(nn.Module):
+        def forward(self, x):
+            return x.sin()
+
+    module = Named()
+    for function in (partial(module), partial(partial(module)), partial(module.forward)):
+        assert name_in_error(function, impl) == "Named"
+    assert name_in_error(partial(torch.clamp, max=0.0), impl).endswith("clamp")

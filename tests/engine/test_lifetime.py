@@ -6,6 +6,9 @@ Everything here runs without the cyclic collector: memory must not wait for it.
 from __future__ import annotations
 
 import gc
+import pathlib
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -548,3 +551,144 @@ def test_a_recomputed_tensor_does_not_keep_those_that_its_graph_came_from():
     assert [storage.expired() for storage in watched] == [True]
     second.sum().backward()
     assert len(watched) == 2
+
+
+# --- Tensors of a region that the user keeps --------------------------------------------
+
+
+class Auxiliary(nn.Module):
+    """Keeps a tensor of its forward, as models with an auxiliary loss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.aux = self.linear(x).sin()
+        return self.aux.exp().cos()
+
+
+@both
+@each_stop
+def test_a_module_that_stores_a_tensor_of_its_forward_keeps_nothing_else(impl, early_stop, frames):
+    module, y = Auxiliary(), leaf(2, 4) * 2
+    module_ref, watched = weakref.ref(module), watch(y)
+    checkpoint(module, y, impl=impl, early_stop=early_stop).sum().backward()
+    del y
+    gc.collect()
+    assert watched.expired()
+    assert [ref() for ref in frames] == [None]
+    assert module.aux.shape == (2, 4)
+    del module
+    gc.collect()
+    assert module_ref() is None
+
+
+@both
+@each_stop
+def test_a_list_that_a_region_appends_to_keeps_only_what_it_holds(impl, early_stop, frames):
+    kept = []
+
+    def appending(x):
+        h = x.sin()
+        kept.append(h)
+        return h.exp().cos()
+
+    y = leaf(5) * 2
+    watched = watch(y)
+    checkpoint(appending, y, impl=impl, early_stop=early_stop).sum().backward()
+    del y
+    gc.collect()
+    assert len(kept) == 2
+    # REENTRANT: the recompute's own graph, which the user keeps, begins at the input.
+    assert watched.expired() == (impl is NO_REENTRANT)
+    assert [ref() for ref in frames] == [None]
+
+
+@both
+def test_a_callable_class_made_anew_for_each_call_is_not_kept(impl):
+    refs = []
+    for _ in range(3):
+
+        class Local:
+            def __call__(self, x):
+                return x.sin()
+
+        refs.append(weakref.ref(Local))
+        checkpoint(Local(), leaf(3), impl=impl).sum().backward()
+    del Local
+    gc.collect()  # A class is a cycle of its own.
+    assert [ref() for ref in refs] == [None] * 3
+
+
+CHAIN = """
+import torch
+from wrappers import CheckpointImpl, checkpoint
+
+x = y = torch.ones(2, requires_grad=True)
+for _ in range(20_000):
+    y = checkpoint(torch.sin, y, impl=CheckpointImpl.{impl})
+del y
+print("dropped")
+"""
+
+
+@both
+def test_a_chain_of_20000_regions_can_be_dropped(impl):
+    """One that dies through Python destructors, each inside the other's, overflows the stack."""
+    result = subprocess.run(
+        [sys.executable, "-c", CHAIN.format(impl=impl.name)],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (0, "dropped\n"), result.stderr
+
+
+# --- Execution groups and failures ------------------------------------------------------
+
+
+@each_group
+def test_a_recompute_that_raised_in_a_group_can_be_tried_again(group):
+    failures = []
+
+    def failing_once(x):
+        if is_recomputing() and not failures:
+            failures.append(1)
+            raise KeyError("once")
+        return region(x)
+
+    x, z = leaf(5), leaf(5)
+    out = checkpoint(failing_once, x).sum()
+    with group():
+        with pytest.raises(KeyError, match="once"):
+            out.backward(retain_graph=True)
+        out.backward()
+    region(z).sum().backward()
+    assert torch.equal(x.grad, z.grad)
+
+
+@each_group
+@both
+def test_a_backward_inside_a_region_inside_a_group(group, impl):
+    def penalised(x):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (inner,) = torch.autograd.grad(y.sin().exp().sum(), y)
+        return (x * inner).sin()
+
+    with group():
+        got = gradients(partial(checkpoint, penalised, impl=impl), leaf(5))
+    assert_equal(got, gradients(penalised, leaf(5)))
+
+
+@each_group
+def test_a_backward_through_the_regions_own_graph_inside_a_group(group):
+    def penalised(x):
+        y = x.sin().exp()
+        (inner,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        return y.exp() * inner
+
+    with group():
+        got = gradients(partial(checkpoint, penalised), leaf(5))
+    assert_equal(got, gradients(penalised, leaf(5)))

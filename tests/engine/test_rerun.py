@@ -969,3 +969,123 @@ def test_rule_6_a_gradient_that_another_thread_adds_during_a_recompute_is_kept(i
     x = torch.ones(1, 3)
     checkpoint(module, x.requires_grad_(), impl=impl, early_stop=False).sum().backward()
     assert torch.equal(module.weight.grad, torch.full((3, 3), 3.0 + 5.0 * is_set))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_threads_that_train_one_module_at_once(impl):
+    """What one thread's backward does must not look like a backward inside another's region."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    module.double()  # Their gradients come in any order.
+    num_threads, num_steps = 4, 50
+    barrier = threading.Barrier(num_threads)
+
+    def work(seed):
+        barrier.wait()
+        for _ in range(num_steps):
+            x = leaf(8, 16, seed=seed, dtype=torch.float64)
+            checkpoint(module, x, impl=impl).square().sum().backward()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    got = [parameter.grad for parameter in module.parameters()]
+    module.zero_grad()
+    for seed in range(num_threads):
+        for _ in range(num_steps):
+            x = leaf(8, 16, seed=seed, dtype=torch.float64)
+            module(x).square().sum().backward()
+    torch.testing.assert_close(got, [parameter.grad for parameter in module.parameters()])
+
+
+class Around(nn.Module):
+    """A region around a module that runs a backward of its own."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.inner = Auxiliary()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.inner, x.cos()).tanh()
+
+
+@pytest.mark.parametrize("outer", IMPLS)
+@pytest.mark.parametrize("inner", IMPLS)
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_rule_6_gradients_of_a_backward_in_a_nested_region_are_added_once(outer, inner, early_stop):
+    results = []
+    for is_region in (True, False):
+        call = partial(checkpoint, impl=inner, early_stop=early_stop)
+        module, x = Around(call if is_region else lambda f, x: f(x)), leaf(5)
+        run = partial(checkpoint, module, impl=outer, early_stop=early_stop)
+        (run(x) if is_region else module(x)).square().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+    assert_equal(*results)
+
+
+# --- Rule 5: what follows the last saved tensor, where that is an operator's output -------
+
+
+def with_tail(x, w, reached=None):
+    """Saves exp's output last, then works under no_grad."""
+    y = x.exp()
+    with torch.no_grad():
+        y @ w
+    if reached is not None:
+        reached.append(is_recomputing())
+    return y
+
+
+def test_rule_5_a_tail_after_a_saved_output_is_not_recomputed():
+    w = leaf(4, 4, seed=1).detach()
+    operators = count_backward(checkpoint(with_tail, leaf(4, 4), w))
+    assert (operators["exp"], operators["mm"]) == (1, 0)
+    operators = count_backward(checkpoint(with_tail, leaf(4, 4), w, early_stop=False))
+    assert (operators["exp"], operators["mm"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [torch.relu, torch.Tensor.item, torch.Tensor.detach, lambda y: torch.zeros(2), lambda y: y + 1],
+    ids=["relu", "item", "detach", "zeros", "add"],
+)
+def test_rule_5_the_next_call_of_torch_after_a_saved_output_stops_the_rerun(call):
+    reached = []
+
+    def region(x):
+        y = x.exp()
+        reached.append("exp")
+        with torch.no_grad():
+            call(y)
+        reached.append("end")
+        return y
+
+    x, z = leaf(1), leaf(1)
+    checkpoint(region, x).sum().backward()
+    assert reached == ["exp", "end", "exp"]
+    z.exp().sum().backward()
+    assert torch.equal(x.grad, z.grad)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_rule_5_a_function_mode_around_backward_leaves_gradients_right(device):
+    w, reached = leaf(4, 4, seed=1).detach(), []
+    x, z = leaf(4, 4), leaf(4, 4)
+    loss = checkpoint(with_tail, x, w, reached).sum()
+    with torch.device(device):
+        loss.backward()
+        assert torch.empty(0).device.type == device
+    z.exp().sum().backward()
+    assert torch.equal(x.grad, z.grad)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_rule_5_outputs_saved_before_other_saves_are_no_end(early_stop):
+    def region(x):
+        return x.exp().tanh().sigmoid() * x.sin().exp()
+
+    got = gradients(lambda x: checkpoint(region, x, early_stop=early_stop), leaf(5))
+    assert_equal(got, gradients(region, leaf(5)))

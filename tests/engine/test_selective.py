@@ -610,3 +610,18 @@ def test_a_counting_mode_around_backward_alone_does_not_break_the_recompute(poli
     torch.manual_seed(1)
     plain_block(plain_x).square().sum().backward()
     assert torch.equal(x.grad, plain_x.grad)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_view_that_the_policy_wants_saved_is_written_through_as_plain(early_stop):
+    def region(x):
+        y = x * 1
+        y[0].mul_(3)
+        return y.sin().exp()
+
+    def step(call):
+        x = leaf(2, 3)
+        call(region, x).sum().backward()
+        return [x.grad]
+
+    assert_same(step(run_with([aten.select.int], early_stop=early_stop)), step(plain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -100,7 +101,105 @@ def test_generated_classes_are_shared_and_look_like_the_wrappers_class():
     assert type(first) is type(second)
     assert type(first).__name__ == "CheckpointWrapper"
     assert issubclass(type(first), CheckpointWrapper)
-    assert type(CheckpointWrapper(nn.Linear(1, 1))) is CheckpointWrapper
+    assert type(CheckpointWrapper(nn.Module())) is CheckpointWrapper
+
+
+class Special(nn.Linear):
+    """What a class can define that must stay the inner module's, or the wrapper's."""
+
+    mode = "class"
+
+    def __call__(self, *args):
+        self.__dict__["num_calls"] = self.__dict__.get("num_calls", 0) + 1
+        return super().__call__(*args)
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 7
+
+    def me(self):
+        return self
+
+    @functools.cached_property
+    def computed(self):
+        return object()
+
+    @property
+    def failing(self):
+        raise AttributeError("no such thing")
+
+
+def test_code_that_looks_for_a_class_finds_it():
+    wrapper = CheckpointWrapper(OffloadWrapper(Special(2, 2)))
+    assert isinstance(wrapper, Special)
+    assert isinstance(wrapper, nn.Linear)
+    assert isinstance(wrapper, CheckpointWrapper)
+    assert not isinstance(wrapper, OffloadWrapper)
+    model = nn.Sequential(wrapper, nn.ReLU())
+    assert [type(m) for m in model.modules() if isinstance(m, nn.Linear)] == [type(wrapper)]
+
+
+def test_what_a_class_defines_is_the_inner_modules():
+    inner = Special(2, 2)
+    wrapper = CheckpointWrapper(inner)
+    assert wrapper.mode == "class"
+    inner.mode = "instance"
+    assert wrapper.mode == "instance"
+    wrapper.mode = "written"
+    assert inner.mode == "written"
+    assert wrapper.me() is inner
+    assert wrapper.computed is inner.computed is vars(inner)["computed"]
+    inner.me = lambda: 3
+    assert wrapper.me() == 3
+    with pytest.raises(AttributeError, match="no attribute 'failing'"):
+        _ = wrapper.failing
+    assert wrapper != CheckpointWrapper(inner)
+    assert hash(wrapper) != 7
+
+
+def test_an_overridden_call_runs_once():
+    wrapper = CheckpointWrapper(Special(2, 2))
+    with torch.no_grad():
+        wrapper(torch.ones(1, 2))
+    assert unwrap(wrapper).num_calls == 1
+
+
+@pytest.mark.parametrize(
+    "define", [{"__slots__": ("x",)}, {"__deepcopy__": lambda self, memo: self}]
+)
+def test_a_class_that_cannot_be_a_base_is_wrapped_all_the_same(define):
+    cls = type("Odd", (nn.Linear,), define)
+    wrapper = CheckpointWrapper(cls(2, 2))
+    assert wrapper(torch.ones(1, 2)).shape == (1, 2)
+    assert isinstance(copy.deepcopy(wrapper), CheckpointWrapper)
+
+
+def test_subclasses_choose_their_own_signature():
+    class Scaling(ActivationWrapper):
+        def __init__(self, scale, *, module):
+            super().__init__(module)
+            object.__setattr__(self, "scale", scale)
+
+        def forward(self, x):
+            return self.scale * self._checkpoint_wrapped_module(x)
+
+    wrapper = Scaling(3, module=nn.Linear(2, 2))
+    x = torch.ones(1, 2)
+    assert torch.equal(wrapper(x), 3 * unwrap(wrapper)(x))
+    twin = copy.deepcopy(wrapper)
+    assert torch.equal(twin(x), wrapper(x))
+    assert isinstance(twin, Scaling)
+
+
+def test_a_container_that_replaces_its_dict_of_children():
+    wrapper = CheckpointWrapper(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)))
+    del wrapper[0]
+    wrapper.add_module("z", nn.Linear(3, 3))
+    assert [name for name, _ in wrapper.named_children()] == ["0", "1", "z"]
+    assert len(wrapper) == 3
+    assert "z.weight" in wrapper.state_dict()
 
 
 def test_in_place_operators_return_the_wrapper():
@@ -256,7 +355,7 @@ def test_parametrize_through_a_wrapper():
     assert torch.equal(ours, theirs)
     parametrize.remove_parametrizations(wrapper, "weight")
     assert torch.equal(wrapper(torch.ones(2)), plain(torch.ones(2)))
-    assert type(wrapper) is CheckpointWrapper
+    assert type(wrapper).__name__ == "CheckpointWrapper"
 
 
 def test_functional_call_with_clean_names():

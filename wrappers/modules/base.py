@@ -28,13 +28,16 @@ it, and hooks of the module stay outside the region.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from wrappers import _torch
 
@@ -89,12 +92,27 @@ _ABOUT_THE_CALL = frozenset(
 )
 
 
+#: What every object has and a module's class may override; the wrapper is an object of its own.
+_OF_OBJECTS = ("__call__", "__eq__", "__hash__", "__ne__", "__str__", "__format__")
+
+#: A class that defines one of these is not made a base of its wrappers: it would copy or make them.
+_NOT_INHERITED = frozenset(
+    {
+        *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__"),
+        *("__reduce__", "__reduce_ex__", "__getattribute__", "__init_subclass__", "__new__"),
+        "__slots__",
+    }
+)
+
+
 def _delegate(name: str) -> Any:
     """Make a method that calls the inner module's; the wrapper stands in for its ``self``."""
 
     def method(self: ActivationWrapper, *args: Any, **kwargs: Any) -> Any:
         owner = self._wrapped_owner()
         result = getattr(owner, name)(*args, **kwargs)
+        if owner._modules is not self._modules:  # ``del sequential[0]`` makes a new dict
+            self._link_wrapped()
         return self if result is owner else result
 
     method.__name__ = method.__qualname__ = name
@@ -102,7 +120,9 @@ def _delegate(name: str) -> Any:
     return method
 
 
-def _delegate_value(name: str) -> property:
+def _delegate_value(name: str, owner: str = "") -> property:
+    if owner:
+        return property(lambda self: getattr(getattr(self, owner), name))
     return property(lambda self: getattr(self._wrapped_owner(), name))
 
 
@@ -125,21 +145,55 @@ def _is_changed(inner_cls: type, name: str) -> bool:
 
 
 @functools.cache
-def _specialized(cls: Any, names: tuple[str, ...]) -> Any:
-    """A subclass of a wrapper class that passes on ``names`` too; one for each set of names."""
-    if not names:
-        return cls
+def _specialized(cls: Any, names: tuple[str, ...], inner_cls: Any) -> Any:
+    """A subclass of a wrapper class for inner modules of one class; made once.
+
+    Args:
+        cls: The wrapper class.
+        names: What it must pass on to the inner module.
+        inner_cls: Made a base too, for ``isinstance``, unless it is None or cannot be one.
+    """
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name in _attributes_of(inner_cls):
+        if not hasattr(cls, name):
+            body[name] = _delegate_value(name, "_checkpoint_wrapped_module")
     for name in names:
         is_value = hasattr(nn.Module, name) and not callable(getattr(nn.Module, name))
         body[name] = _delegate_value(name) if is_value else _delegate(name)
-    body["_specialization"] = (cls, names)  # what it takes to make the class again
+    body["_specialization"] = (cls, names, inner_cls)  # what it takes to make the class again
+    if inner_cls is not None:
+        calls = {name: getattr(nn.Module, name) for name in (*_ABOUT_THE_CALL, *_OF_OBJECTS)}
+        calls = {name: value for name, value in calls.items() if name not in _names_below(cls)}
+        with contextlib.suppress(TypeError):  # another metaclass, slots, an order of bases
+            return type(cls)(cls.__name__, (cls, inner_cls), {**calls, **body})
     return type(cls)(cls.__name__, (cls,), body)
 
 
-def _new_specialized(cls: type[ActivationWrapper], names: tuple[str, ...]) -> ActivationWrapper:
+def _names_below(cls: type) -> set[str]:
+    """The names that a class defines itself or inherits from below nn.Module."""
+    return {name for base in cls.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+
+
+def _attributes_of(inner_cls: type | None) -> set[str]:
+    """What a module's class defines: on the wrapper's class stands a way to the inner module's."""
+    names = set() if inner_cls is None else _names_below(inner_cls)
+    return {name for name in names if not (name.startswith("__") and name.endswith("__"))}
+
+
+def _base_for(mod: nn.Module) -> Any:
+    """The class that ``isinstance`` shall find in a wrapper of ``mod``."""
+    plain = plain_module(mod)
+    cls: type = type(plain)
+    is_managed = isinstance(plain, (torch.jit.ScriptModule, LazyModuleMixin))
+    if cls is nn.Module or is_managed or is_fsdp_managed(plain):
+        return None  # A lazy module will change its class; FSDP acts on what has its.
+    return None if _names_below(cls).intersection(_NOT_INHERITED) else cls
+
+
+def _new_specialized(cls: type[ActivationWrapper], *specialization: Any) -> ActivationWrapper:
     """Make the empty object that unpickling and deepcopy fill with state."""
-    wrapper: ActivationWrapper = nn.Module.__new__(_specialized(cls, names))
+    made = _specialized(cls, *specialization) if specialization else cls
+    wrapper: ActivationWrapper = nn.Module.__new__(made)
     return wrapper
 
 
@@ -149,8 +203,10 @@ class ActivationWrapper(nn.Module, ABC):
 
     A subclass calls the inner module as ``self._checkpoint_wrapped_module(...)`` and lists the
     attributes that it keeps for itself in ``_own_attributes``; all others are the inner module's.
-    The class of a wrapper is a generated subclass where the inner module's class overrides more
-    than every wrapper passes on. Special names (``__x__``) are not read from the inner instance.
+    The class of a wrapper is a generated subclass. It has the inner module's class as a base too,
+    so that code which looks for a class (``isinstance(module, Block)``) finds it; what that class
+    defines is still read from and done by the inner module. Special names (``__x__``) are not read
+    from the inner instance.
 
     Args:
         mod: The module to wrap.
@@ -159,15 +215,16 @@ class ActivationWrapper(nn.Module, ABC):
         TypeError: ``mod`` is not a module, or the class is abstract.
     """
 
-    #: Written to the wrapper itself. ``_old_forward`` and ``_hf_hook`` are accelerate's: it keeps
-    #: ``m.forward`` under the first and calls it from a new ``m.forward``. If these were the inner
-    #: module's, the new forward would call itself forever.
+    #: Written to the wrapper itself. ``_old_forward``, ``_original_forward`` and ``_hf_hook`` are
+    #: accelerate's: it keeps ``m.forward`` under the first two and calls it from a new
+    #: ``m.forward``. If these were the inner module's, the new forward would call itself forever.
     _own_attributes: ClassVar[frozenset[str]] = frozenset(
         {
             "__class__",
             "__dict__",
             "forward",
             "_old_forward",
+            "_original_forward",
             "_hf_hook",
             "_compiled_call_impl",
             "_is_full_backward_hook",
@@ -175,16 +232,13 @@ class ActivationWrapper(nn.Module, ABC):
     )
     _checkpoint_wrapped_module: nn.Module
 
-    def __new__(cls, mod: nn.Module, *args: Any, **kwargs: Any) -> ActivationWrapper:
-        """Make an object of the class that fits the inner module's class."""
-        require_module(mod)
-        owner_cls: Any = type(_containers_of(mod))
-        names = _overridden(owner_cls)
-        wrapper: ActivationWrapper = super().__new__(_specialized(cls, names))
-        return wrapper
-
     def __init__(self, mod: nn.Module) -> None:
+        require_module(mod)
         super().__init__()
+        owner_cls: Any = type(_containers_of(mod))
+        names, base = _overridden(owner_cls), _base_for(mod)
+        if names or base is not None:
+            self.__class__ = _specialized(type(self), names, base)
         self._checkpoint_wrapped_module = mod
 
     @abstractmethod
@@ -282,7 +336,7 @@ class ActivationWrapper(nn.Module, ABC):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be found by its name. FSDP's are, on purpose, not made anew.
-        made_from = vars(type(self)).get("_specialization", (type(self), ()))
+        made_from = vars(type(self)).get("_specialization", (type(self),))
         return _new_specialized, made_from, self.__getstate__()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
