@@ -448,3 +448,27 @@ def test_twenty_thousand_modules_in_a_second(kwargs):
     elapsed_s = time.process_time() - start
     assert len(report.wrapped) == 2000
     assert elapsed_s < 1
+
+
+def test_torchscript_modules():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    model = nn.Sequential(scripted, nn.Linear(2, 2))
+    report = apply_activation_checkpointing(model, check_fn=lambda m: True, inplace=True)
+    assert report.wrapped == ("1",)
+    assert "TorchScript" in report.skipped["0"]
+    assert apply_activation_checkpointing(model, check_fn=lambda m: m is scripted).wrapped == ("0",)
+    model(torch.ones(1, 2)).sum().backward()
+    assert scripted.weight.grad is not None
+    with pytest.raises(TypeError, match=r"TorchScript module .* wrap the module"):
+        checkpoint_wrapper(scripted, inplace=True)
+
+
+@pytest.mark.parametrize(
+    "function", [apply_activation_checkpointing, remove_activation_checkpointing]
+)
+@pytest.mark.parametrize("model", [None, [nn.Linear(1, 1)]])
+def test_what_is_not_a_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=r"expected an nn.Module to wrap, got (NoneType|list)"):
+        function(model)

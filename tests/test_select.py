@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from wrappers.apply import apply_activation_checkpointing
 from wrappers.errors import WrapperError
 from wrappers.modules.checkpoint import CheckpointWrapper
 from wrappers.select import (
@@ -177,3 +178,19 @@ def test_repr():
 def test_bad_arguments(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    "predicate", [every_nth(2, lambda m: True), all_but_last(2, lambda m: True)]
+)
+def test_the_root_is_not_counted(predicate):
+    """It is never wrapped."""
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    report = apply_activation_checkpointing(model, check_fn=predicate)
+    assert report.wrapped == (("0", "2") if "every" in repr(predicate) else ("0", "1"))
+
+
+@pytest.mark.parametrize("combine", [every_nth, all_but_last])
+def test_the_number_comes_first(combine):
+    with pytest.raises(TypeError, match=f"{combine.__name__} takes the .* first, got _Plain"):
+        combine(by_class(nn.Linear), 2)

@@ -48,8 +48,8 @@ class DefaultDeviceType:
 
 
 def is_host(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is the host's, so that there is nothing to offload."""
-    return tensor.is_cpu
+    """Whether a tensor's memory is the host's or nowhere, so that there is nothing to offload."""
+    return tensor.is_cpu or tensor.is_meta
 
 
 def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:

@@ -18,12 +18,14 @@ Each step is linear in the number of modules.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from wrappers import _torch
@@ -36,6 +38,7 @@ from wrappers.modules.base import (
     is_fsdp_managed,
     plain_module,
     remove_in_place,
+    require_module,
     unwrap,
     wrapper_layers,
 )
@@ -53,6 +56,7 @@ __all__ = ["ApplyReport", "apply_activation_checkpointing", "remove_activation_c
 
 _NO_FORWARD = "a container without a forward: it is never called, wrap what it holds"
 _ALREADY = "wrapped already"
+_SCRIPTED = "a TorchScript module, whose forward cannot be replaced in place"
 _TRANSFORMERS = "transformers' own gradient checkpointing is on"
 
 
@@ -187,7 +191,7 @@ def _choose(tree: _Tree, check_fn: ModuleTest, policy: Any) -> _Chosen:
 
 
 def _reasons(
-    tree: _Tree, chosen: _Chosen, is_wrapped: Callable[[nn.Module], bool]
+    tree: _Tree, chosen: _Chosen, is_wrapped: Callable[[nn.Module], bool], inplace: bool
 ) -> dict[nn.Module, str]:
     """Why modules among the chosen ones must not be wrapped."""
     checkpointed_by_transformers = _below_gradient_checkpointing(tree)
@@ -197,9 +201,17 @@ def _reasons(
             reasons[module] = _ALREADY
         elif module in checkpointed_by_transformers:
             reasons[module] = _TRANSFORMERS
-        elif type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+        elif not _has_forward(module):
             reasons[module] = _NO_FORWARD
+        elif inplace and isinstance(module, torch.jit.ScriptModule):
+            reasons[module] = _SCRIPTED
     return reasons
+
+
+def _has_forward(module: nn.Module) -> bool:
+    # Not type(module).forward, which TorchScript's classes refuse.
+    defined = inspect.getattr_static(type(module), "forward", None)
+    return defined is not nn.Module.forward or "forward" in module.__dict__
 
 
 def _below_gradient_checkpointing(tree: _Tree) -> set[nn.Module]:
@@ -261,9 +273,11 @@ def apply_activation_checkpointing(
         FQNs of what was wrapped, and of what was chosen but skipped with the reason.
 
     Raises:
-        TypeError: ``check_fn`` is not callable, or an argument is unknown.
+        TypeError: ``model`` is not a module, ``check_fn`` cannot be called, or an argument is
+            unknown.
         ValueError: ``auto_wrap_policy`` is neither callable nor a policy object.
     """
+    require_module(model)
     if inplace:
         kwargs["inplace"] = True
     if impl is not None:
@@ -271,7 +285,7 @@ def apply_activation_checkpointing(
     tree = _Tree(model)
     chosen = _choose(tree, check_fn, auto_wrap_policy)
     root_matches = chosen.pop(tree.root, None) is not None
-    reasons = _reasons(tree, chosen, _test_for(checkpoint_wrapper_fn))
+    reasons = _reasons(tree, chosen, _test_for(checkpoint_wrapper_fn), inplace)
     to_wrap = {module: own for module, own in chosen.items() if module not in reasons}
     for module, own in to_wrap.items():
         target = module if inplace else tree.outer[module]
@@ -342,8 +356,10 @@ def remove_activation_checkpointing(model: nn.Module) -> int:
         The number of regions removed, two for a module that was wrapped twice.
 
     Raises:
+        TypeError: ``model`` is not a module.
         WrapperError: FSDP manages a wrapper; removing it would cut its parameters off.
     """
+    require_module(model)
     tree = _Tree(model)
     wrapped = {m: list(wrapper_layers(tree.outer[m])) for m in tree.names if m is not tree.root}
     for module, layers in wrapped.items():

@@ -222,8 +222,11 @@ def every_nth(n: int, predicate: ModuleTest, offset: int = 0) -> Predicate:
         offset: How many of them to leave out at the start.
 
     Raises:
+        TypeError: ``n`` is not an integer.
         ValueError: ``n`` is less than 1 or ``offset`` negative.
     """
+    if not isinstance(n, int):
+        raise TypeError(f"every_nth takes the distance first, got {type(n).__name__}")
     if n < 1 or offset < 0:
         raise ValueError(f"every_nth needs n >= 1 and offset >= 0, got n={n}, offset={offset}")
     counted = as_predicate(predicate)
@@ -242,8 +245,11 @@ def all_but_last(k: int, predicate: ModuleTest) -> Predicate:
         predicate: Chooses the modules to count.
 
     Raises:
+        TypeError: ``k`` is not an integer.
         ValueError: ``k`` is negative.
     """
+    if not isinstance(k, int):
+        raise TypeError(f"all_but_last takes the number first, got {type(k).__name__}")
     if k < 0:
         raise ValueError(f"all_but_last needs k >= 0, got k={k}")
     counted = as_predicate(predicate)
@@ -275,7 +281,8 @@ def _has_params(module: nn.Module, n: int) -> bool:
 
 def _chosen(predicate: Predicate, model: nn.Module) -> list[nn.Module]:
     bound = predicate.bind(model)
-    return [module for _, module in plain_modules(model) if bound(module)]
+    root = plain_module(model)  # is never wrapped, so it is not counted
+    return [m for _, m in plain_modules(model) if m is not root and bound(m)]
 
 
 def plain_modules(

@@ -159,6 +159,19 @@ def test_what_a_class_defines_is_the_inner_modules():
     assert hash(wrapper) != 7
 
 
+def test_a_class_that_changes_its_subclasses():
+    """As the base class of transformers' layers does."""
+
+    class Layer(nn.Linear):
+        def __init_subclass__(cls, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.forward = lambda self, x: x * 0
+
+    wrapper = CheckpointWrapper(Layer(2, 2))
+    assert isinstance(wrapper, Layer)
+    assert torch.equal(wrapper(torch.ones(1, 2)), unwrap(wrapper)(torch.ones(1, 2)))
+
+
 def test_an_overridden_call_runs_once():
     wrapper = CheckpointWrapper(Special(2, 2))
     with torch.no_grad():

@@ -6,6 +6,7 @@ What the engine does with a region is tested in tests/engine.
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -269,3 +270,20 @@ def test_compiled_wrapper(face):
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert num == 4 + 1
     assert list(module.state_dict()) == list(Block().state_dict())
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_an_unknown_setting_is_named_with_what_there_is(face):
+    with pytest.raises(TypeError, match=r"unknown settings.*: use_reentrant\. There are impl .*"):
+        face(Mlp(), use_reentrant=True)
+
+
+def test_an_in_place_forward_that_is_bound_once_more():
+    """accelerate's unwrap_model does so with a forward that it finds on the instance."""
+    module = in_place(Mlp().eval())
+    expected = step(module)
+    module.forward = types.MethodType(module.forward, module)
+    for parameter in module.parameters():
+        parameter.grad = None
+    assert all(map(torch.equal, step(module), expected))
+    assert module.num_calls == 4

@@ -345,3 +345,10 @@ def test_on_a_gpu():
         used.append(torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes())
         del out
     assert used[1] < used[0] / 4
+
+
+def test_meta_tensors_have_nothing_to_offload():
+    module = OffloadWrapper(nn.Linear(4, 4, device="meta"), min_bytes=0)
+    x = torch.ones(2, 4, device="meta", requires_grad=True)
+    module(x).sin().sum().backward()
+    assert x.grad.is_meta

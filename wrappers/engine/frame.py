@@ -89,6 +89,7 @@ class StopRerun(BaseException):
         """Make the exception that ends a rerun of ``frame``."""
         stop = cls()
         stop.frame = frame
+        frame.is_stopped = True
         return stop
 
 
@@ -109,6 +110,7 @@ class Frame:
         owner: The module whose state the function uses; found out if not given.
 
     Attributes:
+        is_stopped: Whether the rerun, or the last one, was told to end early.
         runs_backward: Whether a backward inside the region has run in its forward. One that needs
             no saved tensor of the region's (a sum's) cannot be seen.
         tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
@@ -122,6 +124,7 @@ class Frame:
         "_rebuild",
         "ambient",
         "function",
+        "is_stopped",
         "module_state",
         "num_inputs",
         "region",
@@ -143,6 +146,7 @@ class Frame:
         self.num_inputs = len(self.tensors)
         self.module_state = state = _state_of(function, owner)
         self.runs_backward = False
+        self.is_stopped = False
         self._backwards = backwards = _this_thread.backwards
         self._num_backwards = backwards.num
         self._is_probe = not region.preserve_rng_state and region.habits.should_probe(
@@ -195,6 +199,7 @@ class Frame:
         Returns:
             What the function returned; None if a hook has ended the rerun early.
         """
+        self.is_stopped = False
         undo: Undo = [_enable_grad if torch.is_grad_enabled() else _disable_grad]
         _torch.set_grad_enabled(True)
         _this_thread.depth += 1
@@ -210,6 +215,10 @@ class Frame:
             if stop.frame is not self:
                 raise
             return None
+        except RuntimeError as error:
+            if self.is_stopped and "TorchScript interpreter" in str(error):
+                return None  # It has turned the stop into an error of its own.
+            raise
         finally:
             _this_thread.depth -= 1
             leave(undo)

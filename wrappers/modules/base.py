@@ -99,7 +99,7 @@ _OF_OBJECTS = ("__call__", "__eq__", "__hash__", "__ne__", "__str__", "__format_
 _NOT_INHERITED = frozenset(
     {
         *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__"),
-        *("__reduce__", "__reduce_ex__", "__getattribute__", "__init_subclass__", "__new__"),
+        *("__reduce__", "__reduce_ex__", "__getattribute__", "__new__"),
         "__slots__",
     }
 )
@@ -126,7 +126,7 @@ def _delegate_value(name: str, owner: str = "") -> property:
     return property(lambda self: getattr(self._wrapped_owner(), name))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _overridden(inner_cls: type) -> tuple[str, ...]:
     """The names that a wrapper of this class must pass on beyond what all wrappers do."""
     special = [name for name in _SPECIAL if _is_changed(inner_cls, name)]
@@ -144,7 +144,7 @@ def _is_changed(inner_cls: type, name: str) -> bool:
     return getattr(inner_cls, name, missing) is not getattr(nn.Module, name, missing)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _specialized(cls: Any, names: tuple[str, ...], inner_cls: Any) -> Any:
     """A subclass of a wrapper class for inner modules of one class; made once.
 
@@ -231,6 +231,9 @@ class ActivationWrapper(nn.Module, ABC):
         }
     )
     _checkpoint_wrapped_module: nn.Module
+
+    def __init_subclass__(cls) -> None:
+        """Keep a generated subclass from the inner class's own hook, which may change it."""
 
     def __init__(self, mod: nn.Module) -> None:
         require_module(mod)

@@ -35,6 +35,10 @@ __all__ = ["CheckpointForward", "CheckpointImpl", "CheckpointWrapper", "checkpoi
 
 _CheckpointFn = Callable[..., Any]
 
+_SETTINGS = frozenset(
+    {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+)
+
 
 class _Checkpointing:
     """What the two faces have in common: the settings of a module's region.
@@ -60,6 +64,11 @@ class _Checkpointing:
         if checkpoint_fn is not None:
             self.checkpoint_fn = partial(checkpoint_fn, **kwargs)
             kwargs = {}
+        if unknown := kwargs.keys() - _SETTINGS:
+            raise TypeError(
+                f"unknown settings of a region: {', '.join(sorted(unknown))}. There are impl (in "
+                f"place of use_reentrant), {', '.join(sorted(_SETTINGS))}."
+            )
         self._checkpoint_region = Region(impl=self.checkpoint_impl, **kwargs)
 
     def _run_region(
@@ -171,6 +180,8 @@ class CheckpointForward(InPlaceForward, _Checkpointing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the original forward as a region."""
+        if args and args[0] is self.__self__:  # bound to the module once more, as by accelerate
+            args = args[1:]
         return self._run_region(self.__wrapped__, args, kwargs, self.__self__)
 
 
@@ -204,6 +215,11 @@ def checkpoint_wrapper(
     Returns:
         The wrapper; with ``inplace`` the module itself. A module that is checkpointed already
         is returned as it is, with a warning.
+
+    Raises:
+        TypeError: ``module`` is not a module, a setting is unknown, or ``inplace`` is asked of a
+            TorchScript module.
+        ValueError: Settings contradict each other.
     """
     if isinstance(module, nn.Module) and is_checkpointed(module):
         warnings.warn(
@@ -216,6 +232,11 @@ def checkpoint_wrapper(
             module, checkpoint_impl, checkpoint_fn, impl=impl, **checkpoint_fn_kwargs
         )
     require_module(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "the forward of a TorchScript module cannot be replaced in place: wrap the module, "
+            "checkpoint_wrapper(module)"
+        )
     CheckpointForward(
         module, checkpoint_impl, checkpoint_fn, impl=impl, **checkpoint_fn_kwargs
     ).install()
