@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -472,3 +473,14 @@ def test_torchscript_modules():
 def test_what_is_not_a_module_is_refused(function, model):
     with pytest.raises(TypeError, match=r"expected an nn.Module to wrap, got (NoneType|list)"):
         function(model)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_key_value_cache_that_a_recompute_would_fill_again(use_cache):
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.config = SimpleNamespace(use_cache=use_cache)
+    model.gradient_checkpointing_enable = lambda: None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apply_activation_checkpointing(model, check_fn=by_class(nn.Linear))
+    assert [("use_cache = False" in str(w.message)) for w in caught] == [True] * use_cache

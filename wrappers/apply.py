@@ -291,6 +291,8 @@ def apply_activation_checkpointing(
         target = module if inplace else tree.outer[module]
         _put(tree, module, checkpoint_wrapper_fn(target, **{**kwargs, **own}))
     _warn_skipped(reasons.values())
+    if to_wrap:
+        _warn_cache(model)
     if not to_wrap and not {_ALREADY, _TRANSFORMERS}.intersection(reasons.values()):
         _warn_nothing_wrapped(tree, reasons, root_matches)
     return ApplyReport(
@@ -323,6 +325,18 @@ def _warn_skipped(reasons: Iterable[str]) -> None:
         warnings.warn(
             f"{counts[_TRANSFORMERS]} modules were left as they are because {_TRANSFORMERS}: they "
             "would be recomputed twice. Call model.gradient_checkpointing_disable() before.",
+            stacklevel=3,
+        )
+
+
+def _warn_cache(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    is_on = getattr(config, "use_cache", False) is True
+    if is_on and hasattr(model, "gradient_checkpointing_enable"):  # a transformers model
+        warnings.warn(
+            "model.config.use_cache is on: in training every layer then writes to a cache of keys "
+            "and values, and would do so again in its recompute, which gives an error or wrong "
+            "gradients. Set model.config.use_cache = False",
             stacklevel=3,
         )
 

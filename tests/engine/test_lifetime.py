@@ -642,7 +642,7 @@ print("dropped")
 
 @both
 def test_a_chain_of_20000_regions_can_be_dropped(impl):
-    """Nodes that Python knows (``grad_fn``) die inside each other: a stack overflow (torch 2.13)."""
+    """Nodes whose ``grad_fn`` Python has seen die inside each other: the stack may overflow."""
     result = subprocess.run(
         [sys.executable, "-c", CHAIN.format(impl=impl.name)],
         cwd=pathlib.Path(__file__).parents[2],

@@ -27,10 +27,12 @@ From both, as a recompute is an execution of its own:
 For memory:
     4. A recomputed tensor lives until it is unpacked, also with ``retain_graph=True``; a second
        backward recomputes again. What backward never unpacks dies with the graph.
-    5. A recompute ends once the last slot that is alive and empty has been filled.
+    5. A recompute ends once the last slot that is alive and empty has been filled: no operator
+       runs after that. Python code may, up to its next call of torch.
 For user code:
     6. Backward inside a region works, in its forward and in its recompute. Slots that such a
-       backward has freed are skipped later; gradients it adds to parameters are added once.
+       backward has freed are skipped later; gradients it adds to parameters are added once, if
+       the parameters are those of the region's module and it reads a saved tensor of the region.
     7. Region, recompute and backward may each raise. Whatever was pushed (hooks, modes, random
        states, autocast, module state) is popped, the original exception reaches the user, and
        the next step runs as if nothing had happened.
