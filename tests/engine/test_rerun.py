@@ -1104,12 +1104,15 @@ def test_rule_6_a_gradient_that_another_thread_adds_during_a_forward_is_no_backw
     module = nn.Linear(3, 3, bias=False)
     module.weight = nn.Parameter(torch.arange(9.0).reshape(3, 3))
 
-    def add_from_another_thread(module, args):
-        thread = threading.Thread(target=(module.weight * 2).sum().backward)
+    def add():
+        (module.weight * 2).sum().backward()
+
+    def add_in_another_thread(module, args):
+        thread = threading.Thread(target=add)
         thread.start()
         thread.join()
 
-    module.register_forward_pre_hook(add_from_another_thread)
+    module.register_forward_pre_hook(add_in_another_thread)
     x = torch.ones(1, 3, requires_grad=True)
     checkpoint(module, x, impl=impl, early_stop=False).sum().backward()
     assert torch.equal(module.weight.grad, torch.full((3, 3), 2.0 + 2.0 + 1.0))
