@@ -304,6 +304,7 @@ def test_gradient_checkpointing_of_transformers_is_left_alone():
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+        use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config)
     is_layer = lambda m: type(m).__name__ == "LlamaDecoderLayer"  # noqa: E731
