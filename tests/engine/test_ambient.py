@@ -1086,3 +1086,17 @@ def test_without_grad_mode_nothing_is_captured(register):
     register(lambda: pytest.fail("captured"), lambda state: None)
     with torch.no_grad():
         wrappers.checkpoint(torch.sin, leaf(4))
+
+
+@both_impls
+def test_a_registered_state_is_put_back_though_the_forward_ran_under_a_function_mode(
+    impl, register
+):
+    """The rerun ends without an exception here: what would have stopped it must be gone by then."""
+    state = torch.zeros(2)
+    register(state.clone, state.copy_)
+    with torch.device("cpu"):
+        out = checkpoint(torch.exp, leaf(4), impl=impl)
+    state.fill_(5)
+    out.sum().backward()
+    assert state.tolist() == [5, 5]

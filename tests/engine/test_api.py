@@ -457,3 +457,14 @@ def test_a_region_of_a_partial_is_named_after_what_it_calls(impl):
     for function in (partial(module), partial(partial(module)), partial(module.forward)):
         assert name_in_error(function, impl) == "Named"
     assert name_in_error(partial(torch.clamp, max=0.0), impl).endswith("clamp")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_region_of_a_modules_call_is_named_after_its_own_class(impl):
+    checkpoint(nn.Tanh().__call__, leaf(4), impl=impl)
+    x = leaf(4) * 1
+    out = checkpoint(nn.GELU().__call__, x, impl=impl)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(InputChangedError, match="region `GELU`"):
+        out.sum().backward()

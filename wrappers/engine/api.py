@@ -180,19 +180,29 @@ def _code_of(function: Any) -> Any:
     """The code that a call runs, as far as it can be told: a code object, a class, a builtin."""
     while isinstance(function, functools.partial):
         function = function.func
+    if _is_whole_call(function):
+        return type(function.__self__)
     code = getattr(function, "__code__", None)  # a bound method has its function's
     if code is not None:
         return code
     return function if isinstance(function, types.BuiltinFunctionType) else type(function)
 
 
+def _is_whole_call(function: Any) -> bool:
+    """Whether a function is a bound method that calls a module: all modules share the code."""
+    return (
+        type(function) is types.MethodType
+        and isinstance(function.__self__, nn.Module)
+        and function.__name__ in WHOLE_CALLS
+    )
+
+
 def _name_of(function: Any) -> str:
     """The FQN of a region that nobody has named: what is called, without partials."""
     while isinstance(function, functools.partial):
         function = function.func
-    owner = getattr(function, "__self__", None)
-    if isinstance(owner, nn.Module) and function.__name__ in WHOLE_CALLS:
-        return type(owner).__name__
+    if _is_whole_call(function):
+        return type(function.__self__).__name__
     name: str = getattr(function, "__qualname__", type(function).__name__)
     return name
 

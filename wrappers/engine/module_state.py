@@ -118,6 +118,7 @@ class ModuleState:
         "_attributes",
         "_is_first",
         "_is_whole",
+        "_lazy",
         "_modes",
         "_restored",
         "_scripted",
@@ -135,6 +136,8 @@ class ModuleState:
         self.buffers: list[_Buffer] = []
         #: Each module's ``__dict__``, and what of it a rerun must find again.
         self._attributes: list[tuple[_Dict, _Dict]] = []
+        #: Buffers that the forward has yet to create.
+        self._lazy: list[tuple[_Dict, str]] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._modes: list[bool] = []
         self._is_first = False
@@ -164,7 +167,11 @@ class ModuleState:
         if buffers:
             is_statistic = isinstance(module, _torch.NormWithStatistics)
             for name, buffer in buffers.items():
-                if buffer is not None and not is_lazy(buffer):
+                if buffer is None:
+                    continue
+                if is_lazy(buffer):
+                    self._lazy.append((buffers, name))
+                else:
                     self.buffers.append(_Buffer(buffers, name, buffer, is_statistic))
         for child in module._modules.values():
             if child is not None:
@@ -203,8 +210,18 @@ class ModuleState:
             version = parameter.last_version = _torch.version(parameter.tensor)
             if version != parameter.first_version:
                 _learned_about(self.module).parameters.add(parameter.place)
-        if not self.buffers:
-            return
+        if self.buffers:
+            self._finish_buffers()
+        for holder, name in self._lazy:
+            tensor = holder.get(name)
+            if tensor is not None and not is_lazy(tensor):
+                # What it was before this forward nobody knows, but a rerun must not change it.
+                buffer = _Buffer(holder, name, tensor, is_statistic=True)
+                with _hidden():
+                    buffer.before = tensor.detach().clone()
+                self.buffers.append(buffer)
+
+    def _finish_buffers(self) -> None:
         learned = _learned_about(self.module)
         for buffer in self.buffers:
             # A comparison waits for an accelerator, so there it is made in first calls only.

@@ -185,7 +185,7 @@ class RerunFrame(Frame):
             return self.function(*args, **kwargs)
         finally:
             if self._guard is not None:
-                _torch.pop_function_mode()
+                _torch.remove_function_mode(self._guard)
                 self._guard = None
 
     def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
