@@ -1,0 +1,46 @@
+"""The figures in the README are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = [
+    json.loads(line) for line in (ROOT / "scripts/bench/results/cpu.jsonl").read_text().splitlines()
+]
+README = (ROOT / "README.md").read_text()
+
+
+def result(benchmark: str, **fields: str) -> dict:
+    """The newest result of a benchmark for one case."""
+    wanted = {"benchmark": benchmark, **fields}.items()
+    return [row for row in RESULTS if wanted <= row.items()][-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("NO_REENTRANT", "no_reentrant"),
+        ("NO_REENTRANT, `preserve_rng_state=False`", "no_rng"),
+        ("REENTRANT", "reentrant"),
+        ("`context_fn` policy", "selective"),
+    ],
+)
+def test_overhead(name, case):
+    output, input = (result("engine_overhead", region=region) for region in ("output", "input"))
+    torchs, ours = output[f"theirs_{case}_us"], output[f"ours_{case}_us"]
+    ratios = f"**{output[f'{case}_ratio']:.2f}**, {input[f'{case}_ratio']:.2f}"
+    assert f"| overhead, {name} | {torchs:.0f} us | {ours:.0f} us: {ratios} |" in README
+
+
+@pytest.mark.parametrize("impl", ["reentrant", "no_reentrant"])
+def test_peak_memory(impl):
+    row = result("peak_memory", impl=impl)
+    torchs, ours = (row[f"{whose}_bytes"] / 2**20 for whose in ("theirs", "ours"))
+    assert (
+        f"| peak of a step, 6 transformer blocks, {impl.upper()} | {torchs:.1f} MiB | "
+        f"{ours:.1f} MiB: **{row['ratio']:.2f}** |" in README
+    )
