@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -325,6 +326,11 @@ def is_torch_wrapper(module: object) -> bool:
 
     # Not ActivationWrapper: our own classes are registered there.
     return isinstance(module, (theirs.CheckpointWrapper, theirs.OffloadWrapper))
+
+
+def is_fx_tracing() -> bool:
+    """Whether ``torch.fx.symbolic_trace`` is running. Its own function of this name logs."""
+    return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()
 
 
 def is_operator(op: object) -> bool:

@@ -36,6 +36,7 @@ from wrappers.modules.base import (
     has_layer,
     in_place_layers,
     is_fsdp_managed,
+    is_parametrized,
     plain_module,
     remove_in_place,
     require_module,
@@ -371,7 +372,8 @@ def remove_activation_checkpointing(model: nn.Module) -> int:
 
     Raises:
         TypeError: ``model`` is not a module.
-        WrapperError: FSDP manages a wrapper; removing it would cut its parameters off.
+        WrapperError: FSDP manages a wrapper or it has a parametrization: removing it would cut off
+            its parameters.
     """
     require_module(model)
     tree = _Tree(model)
@@ -383,6 +385,14 @@ def remove_activation_checkpointing(model: nn.Module) -> int:
                 f"region `{fqn}`: fully_shard was applied to its wrapper, which holds the sharded "
                 "parameters. Remove activation checkpointing before sharding, or apply it with "
                 "inplace=True, which can be removed at any time.",
+                fqn=fqn,
+            )
+        if any(map(is_parametrized, layers)):
+            fqn = tree.names[module]
+            raise WrapperError(
+                f"region `{fqn}`: a parametrization was registered on its wrapper. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations before, or register it on the "
+                "module before wrapping.",
                 fqn=fqn,
             )
     num_removed = 0

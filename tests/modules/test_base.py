@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from wrappers.apply import apply_activation_checkpointing, remove_activation_checkpointing
+from wrappers.errors import WrapperError
 from wrappers.modules.base import (
     _CHECKPOINT_PREFIX,
     _CHECKPOINT_WRAPPED_MODULE,
@@ -484,3 +486,36 @@ def test_in_place_calls_the_instance_level_forward_that_was_there():
     checkpoint_wrapper(module, inplace=True)
     assert torch.equal(module(torch.ones(2, 3)), expected)
     assert list(inspect.signature(module.forward).parameters) == ["x"]
+
+
+@pytest.mark.parametrize("wrap", [CheckpointWrapper, OffloadWrapper])
+def test_fx_sees_the_inner_modules(wrap):
+    model = nn.Sequential(wrap(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), wrap(Scaled()))
+    model[1] = wrap(nn.Sequential(nn.Linear(2, 3)))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
+        "0.0",
+        "0.1",
+        "1.0",
+    ]
+    x = torch.ones(1, 2)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_a_parametrized_wrapper_is_copied_and_not_removed():
+    model = nn.Sequential(CheckpointWrapper(nn.Linear(2, 2)))
+    parametrize.register_parametrization(model[0], "weight", Double())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin[0].weight, model[0].weight)
+    with pytest.raises(WrapperError, match=r"region `0`: .*remove_parametrizations"):
+        remove_activation_checkpointing(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert pickle.loads(pickle.dumps(model))[0].weight.shape == (2, 2)
+    assert remove_activation_checkpointing(model) == 1
+
+
+def test_a_compiled_wrapper_is_known_to_be_wrapped():
+    model = nn.Sequential(torch.compile(CheckpointWrapper(nn.Linear(2, 2)), backend="eager"))
+    with pytest.warns(UserWarning, match="wrapped already"):
+        report = apply_activation_checkpointing(model, check_fn=lambda m: type(m) is nn.Linear)
+    assert report.wrapped == ()

@@ -272,6 +272,8 @@ class ActivationWrapper(nn.Module, ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and value.__name__ == f"Parametrized{type(self).__name__}":
             _read_parametrizations(self._checkpoint_wrapped_module)
+        elif name == "__class__" and is_parametrized(self):
+            _forget_parametrizations(self._checkpoint_wrapped_module)
         if name in _SHARED:
             setattr(self._wrapped_owner(), name, value)
             self._link_wrapped()
@@ -380,7 +382,19 @@ def _read_parametrizations(module: nn.Module) -> None:
             return parametrizations[name]()
         return cls.__getattr__(self, name)
 
-    module.__class__ = type(cls.__name__, (cls,), {"__getattr__": __getattr__})
+    body = {"__getattr__": __getattr__, "_reads_parametrizations": True}
+    module.__class__ = type(cls.__name__, (cls,), body)
+
+
+def _forget_parametrizations(module: nn.Module) -> None:
+    """Undo :func:`_read_parametrizations`."""
+    if "_reads_parametrizations" in vars(type(module)):
+        module.__class__ = type(module).__bases__[0]
+
+
+def is_parametrized(wrapper: ActivationWrapper) -> bool:
+    """Whether a parametrization was registered on a wrapper, and so on its class."""
+    return type(wrapper).__name__.startswith("Parametrized")
 
 
 def require_module(mod: object) -> None:
@@ -467,10 +481,22 @@ def remove_in_place(module: nn.Module) -> int:
 
 
 def has_layer(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
-    """Whether a wrapper or an in-place forward of a module is of a kind."""
-    faces = [*wrapper_layers(module), unwrap(module)]
-    in_place = [forward for face in faces for forward in in_place_layers(face)]
-    return any(isinstance(x, kind) for x in (*faces, *in_place))
+    """Whether a wrapper or an in-place forward of a module is of a kind; compiled or not."""
+    for face in faces(module):
+        if isinstance(face, kind) or any(isinstance(f, kind) for f in in_place_layers(face)):
+            return True
+    return False
+
+
+def faces(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and what is inside: wrappers, torch's too, compiled modules, the plain one."""
+    face: Any = module
+    while face is not None:
+        yield face
+        if isinstance(face, ActivationWrapper) or _torch.is_torch_wrapper(face):
+            face = face._checkpoint_wrapped_module
+        else:
+            face = _torch.compiled_original(face)
 
 
 def is_fsdp_managed(module: nn.Module) -> bool:
@@ -480,8 +506,5 @@ def is_fsdp_managed(module: nn.Module) -> bool:
 
 def plain_module(module: nn.Module) -> nn.Module:
     """Return the module that the user wrote: without wrappers, torch's too, and not compiled."""
-    inner: Any = unwrap(module)
-    if _torch.is_torch_wrapper(inner):
-        return plain_module(inner._checkpoint_wrapped_module)
-    original = _torch.compiled_original(inner)
-    return inner if original is None else plain_module(original)
+    *_, plain = faces(module)
+    return plain

@@ -25,9 +25,9 @@ from wrappers.engine.region import Region
 from wrappers.modules.base import (
     ActivationWrapper,
     InPlaceForward,
+    faces,
     has_layer,
     require_module,
-    unwrap,
 )
 from wrappers.policy import CheckpointImpl
 
@@ -157,6 +157,8 @@ class CheckpointWrapper(ActivationWrapper, _Checkpointing):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the inner module as a region."""
+        if _torch.is_fx_tracing():  # The tracer knows the wrapper, not the module inside.
+            return self._checkpoint_wrapped_module.forward(*args, **kwargs)
         return self._run_region(self._checkpoint_wrapped_module, args, kwargs)
 
     def _wrapper_settings(self) -> str:
@@ -245,8 +247,9 @@ def checkpoint_wrapper(
 
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether a module is checkpointed already: by our wrapper, in place, or by torch's wrapper."""
-    inner = unwrap(module)
-    is_by_torch = _torch.is_torch_wrapper(inner) and "checkpoint_fn" in vars(inner)
+    is_by_torch = any(
+        _torch.is_torch_wrapper(face) and "checkpoint_fn" in vars(face) for face in faces(module)
+    )
     return is_by_torch or has_layer(module, _Checkpointing)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrappers import _knobs
+from wrappers import _knobs, _torch
 from wrappers.modules.base import (
     ActivationWrapper,
     InPlaceForward,
@@ -84,6 +84,8 @@ class OffloadWrapper(ActivationWrapper, _Offloading):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the inner module with saved tensors going to the host."""
+        if _torch.is_fx_tracing():  # The tracer knows the wrapper, not the module inside.
+            return self._checkpoint_wrapped_module.forward(*args, **kwargs)
         return self._run_region(self._checkpoint_wrapped_module, args, kwargs)
 
     def _wrapper_settings(self) -> str:
