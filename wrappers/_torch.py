@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import _symbolic_trace
-from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import SUPPORTED_NODES
@@ -28,7 +27,6 @@ __all__ = [
     "OpOverloadPacket",
     "SavedTensor",
     "TorchDispatchMode",
-    "TorchFunctionMode",
     "make_saved_tensor",
     "pop_saved_tensors_hooks",
     "push_saved_tensors_hooks",
@@ -216,20 +214,6 @@ has_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 
 #: The number of function modes on this thread's stack; 0 is falsy.
 has_function_modes: Callable[[], int] = _C._len_torch_function_stack
-push_function_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
-_pop_function_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
-
-
-def remove_function_mode(mode: TorchFunctionMode) -> None:
-    """Take a mode out of the stack, wherever it lies.
-
-    A mode that handled the call in which it was pushed has been put on top of it since.
-    """
-    above = []
-    while (top := _pop_function_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        push_function_mode(other)
 
 
 def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:

@@ -299,3 +299,41 @@ def test_collectives_of_a_layer_are_those_of_plain_fsdp(
     expected = {(unit, "all-gather"): num_all_gathers for unit in units}
     expected |= {(unit, "reduce-scatter"): 1 for unit in units}
     assert ranks(count, order, impl, reshard) == [expected, expected]
+
+
+# --- Attributes of a module that FSDP manages
+
+
+class Counting(Model):
+    """Its blocks scale by the number of their call."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        for block in self.blocks:
+            block.num_calls = 0
+            block.register_forward_pre_hook(count_call)
+
+
+def count_call(block, args):
+    block.num_calls += 1
+    return (args[0] * block.num_calls,)
+
+
+def make_counting():
+    torch.manual_seed(0)
+    return Counting()
+
+
+def run_counting(order, impl):
+    model = shard(make_counting(), order, impl)
+    one_step(model, dist.get_rank())
+    return gradients(model), [block.num_calls for block in model.blocks]
+
+
+@pytest.mark.parametrize("order", ["outside"])
+@pytest.mark.parametrize("impl", IMPLS, ids=NAMES)
+def test_counters_of_sharded_modules(ranks, impl, order):
+    expected = single_process(make_counting(), one_step).gradients
+    for got, num_calls in ranks(run_counting, order, impl):
+        assert num_calls == [1] * NUM_BLOCKS
+        assert_equal(got, expected)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
+import types
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -1205,3 +1207,132 @@ def test_an_input_in_a_class_that_checks_it_changed_in_place(impl, kind):
         y.add_(1)
     with pytest.raises(InputChangedError, match="argument"):
         out.sum().backward()
+
+
+# --- What a forward sets up once
+
+
+class SetsUpOnce(nn.Module):
+    """Creates something in its first call, marked by an attribute."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.late = None
+        self.done = False
+        self.what = what
+
+    def forward(self, x):
+        if not self.done:
+            if self.what == "child":
+                self.late = nn.Linear(4, 4)
+            elif self.what == "parameter":
+                self.inner.scale = nn.Parameter(torch.ones(4))
+            else:
+                self.inner.register_forward_hook(lambda module, args, out: out * 2)
+            self.done = True
+        x = self.inner(x)
+        if self.what == "child":
+            x = self.late(x)
+        elif self.what == "parameter":
+            x = x * self.inner.scale
+        return x.tanh()
+
+
+@both_impls
+@pytest.mark.parametrize("what", ["child", "parameter", "hook"])
+def test_what_a_first_forward_creates_is_not_created_again(impl, what):
+    def run(call):
+        torch.manual_seed(0)
+        module, results = SetsUpOnce(what), []
+        for step in range(2):
+            x = leaf(2, 4, seed=step)
+            out = call(module, x)
+            created = dict(module.named_parameters())
+            out.sum().backward()
+            assert all(created[n] is p for n, p in module.named_parameters())
+            assert module.done
+            assert len(module.inner._forward_hooks) == (what == "hook")
+            results += [x.grad, *(p.grad.clone() for p in module.parameters())]
+        return results
+
+    plain = run(lambda m, x: m(x))
+    ours = run(lambda m, x: checkpoint(m, x, impl=impl))
+    assert len(ours) == len(plain)
+    assert all(map(torch.equal, ours, plain))
+
+
+def test_what_hooks_keep_for_the_backward_of_a_reentrant_rerun_is_there():
+    """Pairs of a forward and a backward hook, as second-order optimizers use them."""
+    linear, seen = nn.Linear(4, 4), []
+
+    def keep(module, args, out):
+        if torch.is_grad_enabled():
+            module.act = args[0].detach()
+
+    linear.register_forward_hook(keep)
+    linear.register_full_backward_hook(lambda module, gi, go: seen.append(module.act.clone()))
+    x = leaf(2, 4)
+    checkpoint(nn.Sequential(linear, nn.Tanh()), x, impl=CheckpointImpl.REENTRANT).sum().backward()
+    assert torch.equal(seen[0], x)
+
+
+@both_impls
+def test_reruns_in_several_threads_leave_the_attributes_in_order(impl):
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+    module.calls = 0
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for step in range(10):
+            module.train()
+            outs = [checkpoint(module, leaf(2, 8), impl=impl) for _ in range(6)]
+            module.eval()
+            module.calls = step
+            threads = [threading.Thread(target=out.sum().backward) for out in outs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not any(m.training for m in module.modules())
+            assert module.calls == step
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@both_impls
+def test_a_parameter_that_every_forward_changes_raises_and_is_put_back(impl):
+    class Halving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return (self.linear(x) * self.weight).tanh()
+
+    module = Halving()
+    out = checkpoint(module, leaf(2, 4), impl=impl)
+    with pytest.raises(InputChangedError, match=r"itself changes parameter `weight` in place"):
+        out.sum().backward()
+    assert module.weight.tolist() == [0.5] * 4
+
+
+@both_impls
+def test_a_tree_with_a_cycle(impl):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    module[0].parent = module
+    x = leaf(2, 4)
+    checkpoint(module, x, impl=impl).sum().backward()
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    assert torch.equal(x.grad, expected)
+
+
+@both_impls
+def test_a_method_made_of_a_partial(impl):
+    x = leaf(3)
+    method = types.MethodType(partial(lambda module, x: x.sin()), nn.Linear(3, 3))
+    checkpoint(method, x, impl=impl).sum().backward()
+    assert torch.equal(x.grad, x.detach().cos())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 
@@ -519,3 +520,26 @@ def test_a_compiled_wrapper_is_known_to_be_wrapped():
     with pytest.warns(UserWarning, match="wrapped already"):
         report = apply_activation_checkpointing(model, check_fn=lambda m: type(m) is nn.Linear)
     assert report.wrapped == ()
+
+
+def test_a_class_that_closes_or_restores_itself_is_not_made_a_base_in_that():
+    class Closing(nn.Linear):
+        is_open = True
+
+        def __del__(self):
+            self.is_open = False
+
+    inner = Closing(2, 2)
+    wrapper = CheckpointWrapper(inner)
+    del wrapper
+    gc.collect()
+    assert inner.is_open
+    attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3)  # its __setstate__ sets a default
+    twin = copy.deepcopy(CheckpointWrapper(attention))
+    assert twin._qkv_same_embed_dim is attention._qkv_same_embed_dim is False
+
+
+def test_class_attributes_are_read_from_the_inner_class():
+    wrapper = CheckpointWrapper(Special(2, 2))
+    assert type(wrapper).mode == "class"
+    assert type(wrapper).me is Special.me

@@ -27,8 +27,8 @@ From both, as a recompute is an execution of its own:
 For memory:
     4. A recomputed tensor lives until it is unpacked, also with ``retain_graph=True``; a second
        backward recomputes again. What backward never unpacks dies with the graph.
-    5. A recompute ends once the last slot that is alive and empty has been filled: no operator
-       runs after that. Python code may, up to its next call of torch.
+    5. A recompute ends once the last slot that is alive and empty has been filled. Where the last
+       operator with a gradient saves its output, that is the end of the function.
 For user code:
     6. Backward inside a region works, in its forward and in its recompute. Slots that such a
        backward has freed are skipped later; gradients it adds to parameters are added once, if

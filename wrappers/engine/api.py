@@ -193,7 +193,7 @@ def _is_whole_call(function: Any) -> bool:
     return (
         type(function) is types.MethodType
         and isinstance(function.__self__, nn.Module)
-        and function.__name__ in WHOLE_CALLS
+        and getattr(function, "__name__", "") in WHOLE_CALLS
     )
 
 

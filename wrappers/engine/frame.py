@@ -70,7 +70,7 @@ def _state_of(function: Any, owner: nn.Module | None) -> ModuleState | None:
         return ModuleState(function)
     bound_to = getattr(function, "__self__", None)
     if isinstance(bound_to, nn.Module):
-        return ModuleState(bound_to, is_whole=function.__name__ in WHOLE_CALLS)
+        return ModuleState(bound_to, is_whole=getattr(function, "__name__", "") in WHOLE_CALLS)
     return None
 
 
@@ -115,6 +115,9 @@ class Frame:
             no saved tensor of the region's (a sum's) cannot be seen.
         tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
     """
+
+    #: Whether a backward goes through the graph of a rerun.
+    builds_used_graph = False
 
     __slots__ = (
         "__weakref__",
@@ -206,11 +209,11 @@ class Frame:
         try:
             self.ambient.enter(undo)
             if self.module_state is not None:
-                self.module_state.enter(undo, self.fqn)
+                self.module_state.enter(undo, self.fqn, is_used=self.builds_used_graph)
             if self.runs_backward:  # Only then: what other threads add meanwhile would be lost.
                 self._set_gradients_aside(undo)
             args, kwargs = self._rebuild(tensors)
-            return self.call(args, kwargs)
+            return self.function(*args, **kwargs)
         except StopRerun as stop:
             if stop.frame is not self:
                 raise
@@ -222,10 +225,6 @@ class Frame:
         finally:
             _this_thread.depth -= 1
             leave(undo)
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function in a rerun."""
-        return self.function(*args, **kwargs)
 
     def _set_gradients_aside(self, undo: Undo) -> None:
         for leaf in self.module_state.trainable_leaves() if self.module_state else ():

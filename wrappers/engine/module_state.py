@@ -33,7 +33,7 @@ import operator
 import weakref
 from collections.abc import Callable
 from functools import partial
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class ModuleState:
         "_modes",
         "_restored",
         "_scripted",
+        "_seen",
         "buffers",
         "fsdp_modules",
         "module",
@@ -134,8 +135,8 @@ class ModuleState:
         self.fsdp_modules: list[nn.Module] = []
         self.parameters: list[_Parameter] = []
         self.buffers: list[_Buffer] = []
-        #: Each module's ``__dict__``, and what of it a rerun must find again.
-        self._attributes: list[tuple[_Dict, _Dict]] = []
+        self._attributes: list[_Attributes] = []
+        self._seen: set[int] = set()
         #: Buffers that the forward has yet to create.
         self._lazy: list[tuple[_Dict, str]] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
@@ -148,16 +149,17 @@ class ModuleState:
 
     def _collect(self, module: nn.Module, fsdp_types: tuple[type, ...] | None) -> None:
         """Walk the tree; ``fsdp_types`` is None below an FSDP module."""
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
         self._modes.append(module.training)
         if isinstance(module, torch.jit.ScriptModule):
             self._scripted.append((module, module.training))
             return  # Its containers are views that TorchScript makes anew at each look.
         if fsdp_types and isinstance(module, fsdp_types):
             self.fsdp_modules.append(module)
-            self._attributes.append((module.__dict__, {"training": module.training}))
             fsdp_types = None
-        else:
-            self._collect_attributes(module)
+        self._collect_attributes(module)
         if fsdp_types is not None:
             parameters: _Dict = module._parameters
             for name, parameter in parameters.items():
@@ -180,11 +182,9 @@ class ModuleState:
     def _collect_attributes(self, module: nn.Module) -> None:
         face: nn.Module | None = module
         while face is not None:
-            attributes, atoms = face.__dict__, _tree.ATOMS
-            plain = {name: value for name, value in attributes.items() if type(value) in atoms}
-            self._attributes.append((attributes, plain))
+            self._attributes.append(_Attributes(face))
             # A wrapper has the containers of the module inside, but not its attributes.
-            face = attributes.get("_checkpoint_wrapped_module")
+            face = face.__dict__.get("_checkpoint_wrapped_module")
 
     def _copy_buffers(self) -> None:
         learned = _learned_about(self.module)
@@ -206,6 +206,10 @@ class ModuleState:
 
     def finish(self) -> None:
         """Note, at the end of the forward, what it has changed."""
+        num_grown = sum(attributes.finish() for attributes in self._attributes)
+        if num_grown:
+            for attributes in self._attributes:
+                attributes.keep_modes_only()
         for parameter in self.parameters:
             version = parameter.last_version = _torch.version(parameter.tensor)
             if version != parameter.first_version:
@@ -237,23 +241,22 @@ class ModuleState:
                 buffer.before = None
         learned.modes.add(tuple(self._modes))
 
-    def enter(self, undo: Undo, fqn: str) -> None:
+    def enter(self, undo: Undo, fqn: str, *, is_used: bool) -> None:
         """Give the module the forward's state.
 
         Args:
             undo: Receives calls that put the present state back, to be made in reverse order.
             fqn: Name of the region, for the error.
+            is_used: Whether a backward goes through the rerun's graph: what the rerun leaves in
+                attributes that the forward did not touch is then meant for that backward.
 
         Raises:
             InputChangedError: A parameter was changed in place since the forward (see the file's
                 head), or a large buffer by the forward, for the first time.
         """
         self._guard_parameters(undo, fqn)
-        for attributes, forward in self._attributes:
-            undo.append(partial(_put_back, attributes, attributes.copy()))
-            for name, value in forward.items():
-                if attributes.get(name, undo) is not value:
-                    attributes[name] = value
+        for attributes in self._attributes:
+            attributes.enter(undo, only_changed=is_used)
         for module, training in self._scripted:
             undo.append(partial(setattr, module, "training", module.training))
             module.training = training
@@ -284,6 +287,11 @@ class ModuleState:
             for p in self.parameters
             if p.last_version is not None and _torch.version(p.tensor) != p.last_version
         ]
+        learned = _learned.get(self.module)
+        for parameter in self.parameters if learned is not None and learned.parameters else ():
+            if parameter.place in learned.parameters:  # type: ignore[union-attr]
+                present = parameter.tensor.detach().clone()
+                undo.append(partial(self._require_same, parameter.tensor, present, fqn))
         if changed:
             learned = _learned_about(self.module)
             tensors = [p.tensor for p in changed if p.place not in learned.parameters]
@@ -292,6 +300,19 @@ class ModuleState:
             guard = _ReadGuard(tensors, lambda tensor: self._changed(tensor, fqn))
             guard.__enter__()  # type: ignore[no-untyped-call]
             undo.append(partial(guard.__exit__, None, None, None))
+
+    def _require_same(self, tensor: Tensor, present: Tensor, fqn: str) -> None:
+        """Refuse a region that changes a parameter again when it runs again."""
+        if not _is_equal(present, tensor.detach()):
+            tensor.data.copy_(present)
+            name = self.name_of(tensor)
+            raise InputChangedError(
+                f"region `{fqn}`: the forward itself changes {name} in place, and would change it "
+                "again in every recompute. Make the change outside of the region, or do not "
+                "checkpoint it.",
+                fqn=fqn,
+                tensor=name,
+            )
 
     def trainable_leaves(self) -> list[Tensor]:
         """The parameters that a backward adds gradients to."""
@@ -363,15 +384,99 @@ class _ReadGuard(_torch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _put_back(attributes: _Dict, before: _Dict) -> None:
-    """Give a module the plain attributes that it had."""
-    if len(attributes) == len(before) and all(
-        map(operator.is_, attributes.values(), before.values())
-    ):
-        return
-    for name in attributes.keys() - before.keys():
-        del attributes[name]
-    attributes.update(before)
+class _Attributes:
+    """One module's ``__dict__`` at the start of a forward; its plain values a rerun finds again."""
+
+    __slots__ = ("_changed", "_forward", "_now", "_sizes", "_start")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._now = now = module.__dict__
+        self._start: _Dict = now.copy()
+        self._sizes = _sizes(now)
+        #: What a rerun must find: numbers, flags, strings, None.
+        self._forward: _Dict = {}
+        #: Names that the forward has set.
+        self._changed: set[str] = set()
+
+    def finish(self) -> bool:
+        """Note which attributes the forward has set; tell whether it has set something up.
+
+        A module that creates a child, a parameter or a hook in its first call and marks that in an
+        attribute would create them again in a rerun that finds the attribute as forward did.
+        """
+        now, start = self._now, self._start
+        if not _is_same(now, start):
+            self._changed = {name for name in now if now[name] is not start.get(name, self)}
+        self._keep_plain()
+        return self._sizes != _sizes(now)
+
+    def _keep_plain(self) -> None:
+        """Let go of the tensors and other objects that the attributes were at the start."""
+        atoms = _tree.ATOMS
+        self._forward = {k: value for k, value in self._start.items() if type(value) in atoms}
+        self._start = {}
+
+    def keep_modes_only(self) -> None:
+        """Leave all attributes but ``training`` as they are in a rerun."""
+        self._forward = {k: v for k, v in self._forward.items() if k == "training"}
+
+    def enter(self, undo: Undo, *, only_changed: bool) -> None:
+        """Set the attributes as in forward; put the present ones back in the end."""
+        now = self._now
+        if self._start:
+            self._keep_plain()  # A backward inside the region, whose forward is not over.
+        with _lock:
+            reruns = _reruns.setdefault(id(now), [])
+            # While another thread's rerun is under way, what is there now is not the present.
+            before = reruns[0][1] if reruns and reruns[-1][0] != get_ident() else now.copy()
+            entry = (get_ident(), before)
+            reruns.append(entry)
+        replaced = [
+            name for name, value in self._forward.items() if now.get(name, self) is not value
+        ]
+        undo.append(
+            partial(self._leave, entry, self._changed.union(replaced) if only_changed else None)
+        )
+        for name in replaced:
+            now[name] = self._forward[name]
+
+    def _leave(self, entry: tuple[int, _Dict], names: set[str] | None) -> None:
+        """Put attributes back, all of them or those with these names."""
+        now, before = self._now, entry[1]
+        with _lock:
+            reruns = _reruns[id(now)]
+            reruns[:] = [other for other in reruns if other is not entry]
+            if not reruns:
+                del _reruns[id(now)]
+        if _is_same(now, before):
+            return
+        for name in now.keys() | before.keys() if names is None else names:
+            if name in before:
+                now[name] = before[name]
+            else:
+                now.pop(name, None)
+
+
+def _is_same(a: _Dict, b: _Dict) -> bool:
+    """Whether two dicts hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values()))
+
+
+#: Reruns that have attributes replaced right now: by the id of the ``__dict__``, the threads and
+#: what each puts back.
+_reruns: dict[int, list[tuple[int, _Dict]]] = {}
+_lock = Lock()
+
+
+def _sizes(attributes: _Dict) -> tuple[int, ...]:
+    """How many children, parameters, buffers and hooks a module has."""
+    return tuple([len(attributes[name]) for name in _CONTAINERS if name in attributes])
+
+
+_CONTAINERS = (
+    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
 
 
 def _swap(holder: _Dict, name: str, tensor: Tensor, undo: Undo) -> None:

@@ -54,6 +54,8 @@ def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 class _ReentrantFrame(Frame):
     """One forward execution that is a single graph node."""
 
+    builds_used_graph = True
+
     __slots__ = ("_versions", "build_output")
 
     build_output: Any

@@ -18,9 +18,8 @@
     the graph gets the tensors. Autograd itself unpacks a tensor without the graph it has.
 [5] By an exception through the function's frames (rule 5). It is made anew each time: one
     shared instance would collect tracebacks and get slower with every raise. A raise through
-    C++ costs some 12 us, so it waits where the operator that saves is done, as it saves its
-    output, and is the last that makes a graph node: then the next call of torch raises, if
-    there is one before the function returns.
+    C++ costs some 12 us, so it is left out where the operator that saves is done, as it saves
+    its output, and is the last that makes a graph node: then the function runs to its end.
 [6] The slot is empty again, also with ``retain_graph=True`` (rule 4).
 
 [Note: hooks are closures]
@@ -104,7 +103,6 @@ class RerunFrame(Frame):
         "_describe",
         "_early_stop",
         "_group",
-        "_guard",
         "_input_versions",
         "_inputs",
         "_is_forward_over",
@@ -138,7 +136,6 @@ class RerunFrame(Frame):
         self._is_forward_over = False
         self._num_nodes = 0
         self._group: weakref.ref[Any] | None = None
-        self._guard: _StopAtNextCall | None = None
         self.slots: list[weakref.ref[_Slot]] = []
         self.described: list[verify.Description] = []
 
@@ -173,20 +170,6 @@ class RerunFrame(Frame):
         return (
             node is not None and node._sequence_nr() == last and last - start + 1 == self._num_nodes
         )
-
-    def stop_at_next_call(self) -> None:
-        """End the running rerun when it calls torch again, if it does."""
-        self._guard = guard = _StopAtNextCall(self)
-        _torch.push_function_mode(guard)
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the function in a rerun."""
-        try:
-            return self.function(*args, **kwargs)
-        finally:
-            if self._guard is not None:
-                _torch.remove_function_mode(self._guard)
-                self._guard = None
 
     def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context, self._recompute_context = self.region.context_fn()
@@ -408,16 +391,6 @@ class RerunFrame(Frame):
         return "\n" + self._trace.report()
 
 
-class _StopAtNextCall(_torch.TorchFunctionMode):
-    """Ends a rerun with the next call of torch from Python. See [5]."""
-
-    def __init__(self, frame: RerunFrame) -> None:
-        self._frame = frame
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise StopRerun.of(self._frame)
-
-
 class _Fill:
     """Puts the tensors that one rerun saves into the slots of a frame.
 
@@ -479,10 +452,8 @@ class _Fill:
                         me._look_closer(index, tensor)
                 slot.value = tensor.detach() if detaches else tensor
                 slot.version = version
-            if index >= stop_after:
-                if not frame.is_last_node(tensor, start) or _torch.has_function_modes():
-                    raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
-                frame.stop_at_next_call()
+            if index >= stop_after and not (index == last and frame.is_last_node(tensor, start)):
+                raise StopRerun.of(frame)  # no local: it would be a cycle with the traceback
             return tensor.detach() if is_used else packed
 
         def finish() -> None:

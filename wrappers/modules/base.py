@@ -100,7 +100,7 @@ _NOT_INHERITED = frozenset(
     {
         *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__"),
         *("__reduce__", "__reduce_ex__", "__getattribute__", "__new__"),
-        "__slots__",
+        *("__slots__", "__del__"),
     }
 )
 
@@ -120,9 +120,20 @@ def _delegate(name: str) -> Any:
     return method
 
 
-def _delegate_value(name: str, owner: str = "") -> property:
-    if owner:
-        return property(lambda self: getattr(getattr(self, owner), name))
+class _Through:
+    """Stands on a wrapper's class for what the inner module's class defines."""
+
+    def __init__(self, name: str, inner_cls: type) -> None:
+        self._name = name
+        self._inner_cls = inner_cls
+
+    def __get__(self, wrapper: ActivationWrapper | None, owner: type | None = None) -> Any:
+        if wrapper is None:
+            return getattr(self._inner_cls, self._name)
+        return getattr(wrapper._checkpoint_wrapped_module, self._name)
+
+
+def _delegate_value(name: str) -> property:
     return property(lambda self: getattr(self._wrapped_owner(), name))
 
 
@@ -156,7 +167,7 @@ def _specialized(cls: Any, names: tuple[str, ...], inner_cls: Any) -> Any:
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
     for name in _attributes_of(inner_cls):
         if not hasattr(cls, name):
-            body[name] = _delegate_value(name, "_checkpoint_wrapped_module")
+            body[name] = _Through(name, inner_cls)
     for name in names:
         is_value = hasattr(nn.Module, name) and not callable(getattr(nn.Module, name))
         body[name] = _delegate_value(name) if is_value else _delegate(name)
@@ -345,7 +356,8 @@ class ActivationWrapper(nn.Module, ABC):
         return _new_specialized, made_from, self.__getstate__()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Not super(): an inner class's own would write its defaults into the wrapper.
+        nn.Module.__setstate__(self, state)
         # Pickle and deepcopy keep shared objects shared, unless the inner module's class copies
         # its containers itself. In a cycle the inner module may not have its state yet.
         if "_parameters" in vars(self._wrapped_owner()):
