@@ -223,7 +223,10 @@ def disable_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 
 def version(tensor: Tensor) -> int:
     """A tensor's version counter; 0 for those born in inference mode, which have none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 # --- Containers -------------------------------------------------------------------------

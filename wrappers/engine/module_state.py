@@ -135,7 +135,7 @@ class ModuleState:
         self.fsdp_modules: list[nn.Module] = []
         self.parameters: list[_Parameter] = []
         self.buffers: list[_Buffer] = []
-        self._attributes: list[_Attributes] = []
+        self._attributes = _Attributes()
         self._seen: set[int] = set()
         #: Buffers that the forward has yet to create.
         self._lazy: list[tuple[_Dict, str]] = []
@@ -182,7 +182,7 @@ class ModuleState:
     def _collect_attributes(self, module: nn.Module) -> None:
         face: nn.Module | None = module
         while face is not None:
-            self._attributes.append(_Attributes(face))
+            self._attributes.add(face)
             # A wrapper has the containers of the module inside, but not its attributes.
             face = face.__dict__.get("_checkpoint_wrapped_module")
 
@@ -206,10 +206,7 @@ class ModuleState:
 
     def finish(self) -> None:
         """Note, at the end of the forward, what it has changed."""
-        num_grown = sum(attributes.finish() for attributes in self._attributes)
-        if num_grown:
-            for attributes in self._attributes:
-                attributes.keep_modes_only()
+        self._attributes.finish()
         for parameter in self.parameters:
             version = parameter.last_version = _torch.version(parameter.tensor)
             if version != parameter.first_version:
@@ -255,8 +252,7 @@ class ModuleState:
                 head), or a large buffer by the forward, for the first time.
         """
         self._guard_parameters(undo, fqn)
-        for attributes in self._attributes:
-            attributes.enter(undo, only_changed=is_used)
+        self._attributes.enter(undo, only_changed=is_used)
         for module, training in self._scripted:
             undo.append(partial(setattr, module, "training", module.training))
             module.training = training
@@ -385,76 +381,95 @@ class _ReadGuard(_torch.TorchDispatchMode):
 
 
 class _Attributes:
-    """One module's ``__dict__`` at the start of a forward; its plain values a rerun finds again."""
+    """The ``__dict__`` of every module of a tree at the start of a forward.
 
-    __slots__ = ("_changed", "_forward", "_now", "_sizes", "_start")
+    What a rerun finds again are numbers, flags, strings and None. The copies hold other objects
+    only where they are still the module's when the forward ends.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._now = now = module.__dict__
-        self._start: _Dict = now.copy()
-        self._sizes = _sizes(now)
-        #: What a rerun must find: numbers, flags, strings, None.
-        self._forward: _Dict = {}
-        #: Names that the forward has set.
-        self._changed: set[str] = set()
+    __slots__ = ("_changed", "_nows", "_sizes", "_starts")
 
-    def finish(self) -> bool:
-        """Note which attributes the forward has set; tell whether it has set something up.
+    def __init__(self) -> None:
+        self._nows: list[_Dict] = []
+        self._starts: list[_Dict] = []
+        self._sizes: list[tuple[int, ...]] = []
+        #: By the index of a module: the names that the forward has set.
+        self._changed: dict[int, set[str]] = {}
+
+    def add(self, module: nn.Module) -> None:
+        """Take a module's attributes."""
+        now = module.__dict__
+        self._nows.append(now)
+        self._starts.append(now.copy())
+        self._sizes.append(_sizes(now))
+
+    def finish(self) -> None:
+        """Note which attributes the forward has set.
 
         A module that creates a child, a parameter or a hook in its first call and marks that in an
-        attribute would create them again in a rerun that finds the attribute as forward did.
+        attribute would create them again in a rerun that finds the attribute as forward did. So
+        where anything has been created, a rerun finds all attributes but the modes as they are.
         """
-        now, start = self._now, self._start
-        if not _is_same(now, start):
-            self._changed = {name for name in now if now[name] is not start.get(name, self)}
-        self._keep_plain()
-        return self._sizes != _sizes(now)
-
-    def _keep_plain(self) -> None:
-        """Let go of the tensors and other objects that the attributes were at the start."""
-        atoms = _tree.ATOMS
-        self._forward = {k: value for k, value in self._start.items() if type(value) in atoms}
-        self._start = {}
-
-    def keep_modes_only(self) -> None:
-        """Leave all attributes but ``training`` as they are in a rerun."""
-        self._forward = {k: v for k, v in self._forward.items() if k == "training"}
+        for index, (now, start) in enumerate(zip(self._nows, self._starts, strict=True)):
+            if not _is_same(now, start):
+                self._changed[index] = {k for k in now if now[k] is not start.get(k, self)}
+                self._starts[index] = _plain(start)
+        if self._sizes != [_sizes(now) for now in self._nows]:
+            keys = ("training",)
+            self._starts = [{k: start[k] for k in keys if k in start} for start in self._starts]
 
     def enter(self, undo: Undo, *, only_changed: bool) -> None:
         """Set the attributes as in forward; put the present ones back in the end."""
-        now = self._now
-        if self._start:
-            self._keep_plain()  # A backward inside the region, whose forward is not over.
+        thread = get_ident()
+        befores: list[_Dict] = []
         with _lock:
-            reruns = _reruns.setdefault(id(now), [])
-            # While another thread's rerun is under way, what is there now is not the present.
-            before = reruns[0][1] if reruns and reruns[-1][0] != get_ident() else now.copy()
-            entry = (get_ident(), before)
-            reruns.append(entry)
-        replaced = [
-            name for name, value in self._forward.items() if now.get(name, self) is not value
-        ]
-        undo.append(
-            partial(self._leave, entry, self._changed.union(replaced) if only_changed else None)
-        )
-        for name in replaced:
-            now[name] = self._forward[name]
+            for now in self._nows:
+                reruns = _reruns.setdefault(id(now), [])
+                # While another thread's rerun is under way, what is there is not the present.
+                is_replaced = bool(reruns) and reruns[-1][0] != thread
+                befores.append(reruns[0][1] if is_replaced else now.copy())
+                reruns.append((thread, befores[-1]))
+        names: dict[int, set[str]] | None = None
+        if only_changed:
+            names = {index: set(changed) for index, changed in self._changed.items()}
+        undo.append(partial(self._leave, befores, names))
+        for index, (now, start) in enumerate(zip(self._nows, self._starts, strict=True)):
+            if _is_same(now, start):
+                continue
+            for name, value in _plain(start).items():
+                if now.get(name, self) is not value:
+                    now[name] = value
+                    if names is not None:
+                        names.setdefault(index, set()).add(name)
 
-    def _leave(self, entry: tuple[int, _Dict], names: set[str] | None) -> None:
-        """Put attributes back, all of them or those with these names."""
-        now, before = self._now, entry[1]
+    def _leave(self, befores: list[_Dict], names: dict[int, set[str]] | None) -> None:
+        """Put attributes back: all, or for the module of each index those with these names."""
+        thread = get_ident()
         with _lock:
-            reruns = _reruns[id(now)]
-            reruns[:] = [other for other in reruns if other is not entry]
-            if not reruns:
-                del _reruns[id(now)]
-        if _is_same(now, before):
-            return
-        for name in now.keys() | before.keys() if names is None else names:
-            if name in before:
-                now[name] = before[name]
-            else:
-                now.pop(name, None)
+            for now in self._nows:
+                reruns = _reruns[id(now)]
+                del reruns[_last(reruns, thread)]
+                if not reruns:
+                    del _reruns[id(now)]
+        for index, (now, before) in enumerate(zip(self._nows, befores, strict=True)):
+            if _is_same(now, before):
+                continue
+            touched = now.keys() | before.keys() if names is None else names.get(index, ())
+            for name in touched:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    now.pop(name, None)
+
+
+def _plain(attributes: _Dict) -> _Dict:
+    atoms = _tree.ATOMS
+    return {name: value for name, value in attributes.items() if type(value) in atoms}
+
+
+def _last(reruns: list[tuple[int, _Dict]], thread: int) -> int:
+    """Position of the last rerun of a thread."""
+    return max(index for index, (other, _) in enumerate(reruns) if other == thread)
 
 
 def _is_same(a: _Dict, b: _Dict) -> bool:
@@ -469,14 +484,15 @@ _lock = Lock()
 
 
 def _sizes(attributes: _Dict) -> tuple[int, ...]:
-    """How many children, parameters, buffers and hooks a module has."""
-    return tuple([len(attributes[name]) for name in _CONTAINERS if name in attributes])
-
-
-_CONTAINERS = (
-    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
-    *("_backward_hooks", "_backward_pre_hooks"),
-)
+    """How many parameters, children, buffers and hooks a module has."""
+    return (
+        len(attributes["_parameters"]),
+        len(attributes["_modules"]),
+        len(attributes["_buffers"]),
+        len(attributes["_forward_hooks"]),
+        len(attributes["_forward_pre_hooks"]),
+        len(attributes["_backward_hooks"]),
+    )
 
 
 def _swap(holder: _Dict, name: str, tensor: Tensor, undo: Undo) -> None:
