@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [
-    json.loads(line) for line in (ROOT / "scripts/bench/results/cpu.jsonl").read_text().splitlines()
+    json.loads(line)
+    for name in ("cpu", "demo")
+    for line in (ROOT / f"scripts/bench/results/{name}.jsonl").read_text().splitlines()
 ]
 README = (ROOT / "README.md").read_text()
 
@@ -43,4 +45,14 @@ def test_peak_memory(impl):
     assert (
         f"| peak of a step, 6 transformer blocks, {impl.upper()} | {torchs:.1f} MiB | "
         f"{ours:.1f} MiB: **{row['ratio']:.2f}** |" in README
+    )
+
+
+@pytest.mark.parametrize("mode", ["none", "REENTRANT", "NO_REENTRANT", "NO_REENTRANT, in place"])
+def test_demo(mode):
+    row = result("demo", mode=mode)
+    recomputed = row["flops"] - result("demo", mode="none")["flops"]
+    assert (
+        f"| {mode} | {row['loss']} | {row['peak_activation_bytes'] / 2**20:.1f} MiB | "
+        f"{row['step_ms']:.0f} ms | {recomputed / 1e9:.2f} GFLOPs |" in README
     )

@@ -1,7 +1,7 @@
-"""The state of Python's ``random``, taken in a fraction of a microsecond.
+"""The state of Python's ``random``, taken as a copy of its memory.
 
-``random.getstate()`` makes a tuple of 625 integers, 7 to 9 us, which every region would pay
-for the few that draw numbers there. CPython keeps the Mersenne Twister as an index and 624
+``random.getstate()`` makes a tuple of 625 integers, a cost that every region would pay for the
+few that draw numbers there. CPython keeps the Mersenne Twister as an index and 624
 words right behind the object's head, so a copy of these bytes is a state too, made many
 times faster. Whether an interpreter has this layout is checked once, against ``getstate()``;
 where it has not, ``getstate()`` is what is used.

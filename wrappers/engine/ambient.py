@@ -6,7 +6,7 @@ one device type, autocast and the default device; it loses the SDPA switches, th
 dtype, the deterministic flag and Python's ``random``.
 
 An :class:`Ambient` is the state of one moment. Taking it is on the path of every region, so
-it is a handful of C calls (a microsecond without random state); entering it changes only
+it is a handful of C calls; entering it changes only
 what differs at that moment, and notes on an undo list how to put each change back. Users add
 their own state with :func:`register_ambient`.
 """
@@ -154,7 +154,7 @@ class Ambient:
     def forget_python_random(self) -> None:
         """Drop the state of ``random``, to be called when the forward is over, if it has not drawn.
 
-        Setting it costs thirty times as much as taking it.
+        Setting it costs far more than taking it.
         """
         if self.python_random == _random.get_state():
             self.python_random = None

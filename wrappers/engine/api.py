@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wrappers import _torch
-from wrappers.engine.frame import WHOLE_CALLS, Function
+from wrappers.engine.frame import WHOLE_CALLS, Function, without_partials
 from wrappers.engine.reentrant import run_reentrant
 from wrappers.engine.region import ContextFn, Region, noop_context_fn
 from wrappers.engine.rerun import run_no_reentrant
@@ -178,8 +178,7 @@ def _region_for(
 
 def _code_of(function: Any) -> Any:
     """The code that a call runs, as far as it can be told: a code object, a class, a builtin."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = without_partials(function)
     if _is_whole_call(function):
         return type(function.__self__)
     code = getattr(function, "__code__", None)  # a bound method has its function's
@@ -199,8 +198,7 @@ def _is_whole_call(function: Any) -> bool:
 
 def _name_of(function: Any) -> str:
     """The FQN of a region that nobody has named: what is called, without partials."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = without_partials(function)
     if _is_whole_call(function):
         return type(function.__self__).__name__
     name: str = getattr(function, "__qualname__", type(function).__name__)

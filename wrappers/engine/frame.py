@@ -60,12 +60,18 @@ def is_recomputing() -> bool:
 WHOLE_CALLS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 
 
+def without_partials(function: Any) -> Any:
+    """What a partial, or a partial of partials, calls; any other function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _state_of(function: Any, owner: nn.Module | None) -> ModuleState | None:
     """The state of the module that a call uses: the function itself, or a bound method's."""
     if owner is not None:
         return ModuleState(owner)
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = without_partials(function)
     if isinstance(function, nn.Module):
         return ModuleState(function)
     bound_to = getattr(function, "__self__", None)

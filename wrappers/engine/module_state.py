@@ -284,18 +284,19 @@ class ModuleState:
             if p.last_version is not None and _torch.version(p.tensor) != p.last_version
         ]
         learned = _learned.get(self.module)
-        for parameter in self.parameters if learned is not None and learned.parameters else ():
-            if parameter.place in learned.parameters:  # type: ignore[union-attr]
+        own_changes = set() if learned is None else learned.parameters
+        for parameter in self.parameters if own_changes else ():
+            if parameter.place in own_changes:
                 present = parameter.tensor.detach().clone()
                 undo.append(partial(self._require_same, parameter.tensor, present, fqn))
-        if changed:
-            learned = _learned_about(self.module)
-            tensors = [p.tensor for p in changed if p.place not in learned.parameters]
-            if self._is_whole and tensors:
-                raise self._changed(tensors[0], fqn)
-            guard = _ReadGuard(tensors, lambda tensor: self._changed(tensor, fqn))
-            guard.__enter__()  # type: ignore[no-untyped-call]
-            undo.append(partial(guard.__exit__, None, None, None))
+        tensors = [p.tensor for p in changed if p.place not in own_changes]
+        if not tensors:
+            return
+        if self._is_whole:
+            raise self._changed(tensors[0], fqn)
+        guard = _ReadGuard(tensors, lambda tensor: self._changed(tensor, fqn))
+        guard.__enter__()  # type: ignore[no-untyped-call]
+        undo.append(partial(guard.__exit__, None, None, None))
 
     def _require_same(self, tensor: Tensor, present: Tensor, fqn: str) -> None:
         """Refuse a region that changes a parameter again when it runs again."""

@@ -18,7 +18,7 @@
     the graph gets the tensors. Autograd itself unpacks a tensor without the graph it has.
 [5] By an exception through the function's frames (rule 5). It is made anew each time: one
     shared instance would collect tracebacks and get slower with every raise. A raise through
-    C++ costs some 12 us, so it is left out where the operator that saves is done, as it saves
+    C++ is slow, so it is left out where the operator that saves is done, as it saves
     its output, and is the last that makes a graph node: then the function runs to its end.
 [6] The slot is empty again, also with ``retain_graph=True`` (rule 4).
 
@@ -26,8 +26,8 @@
 
 The pack hooks run for every saved tensor, twice a step, and are most of what a region costs
 beyond its recompute. So they are closures over what they need, and write
-:func:`wrappers.engine.verify.describe` out in line: as methods that call it they cost twice
-as much (7.7 against 4.2 us a saved tensor over a step, torch 2.13 on a CPU).
+:func:`wrappers.engine.verify.describe` out in line: as methods that call it they would cost
+nearly twice as much.
 """
 
 from __future__ import annotations
