@@ -33,12 +33,14 @@ from wrappers.modules import (
     checkpoint_wrapper,
     offload_wrapper,
 )
+from wrappers.policies import Policy
 from wrappers.policy import (
     SAC_IGNORED_OPS,
     CheckpointImpl,
     CheckpointPolicy,
     SelectiveCheckpointContext,
 )
+from wrappers.report import RegionReport, RegionRow, region_report
 
 __all__ = [
     "SAC_IGNORED_OPS",
@@ -54,7 +56,10 @@ __all__ = [
     "GraphExecGroup",
     "InputChangedError",
     "OffloadWrapper",
+    "Policy",
     "RecomputeMismatchError",
+    "RegionReport",
+    "RegionRow",
     "SelectiveCheckpointContext",
     "WrapperError",
     "apply_activation_checkpointing",
@@ -68,6 +73,7 @@ __all__ = [
     "is_recomputing",
     "noop_context_fn",
     "offload_wrapper",
+    "region_report",
     "register_ambient",
     "remove_activation_checkpointing",
     "set_checkpoint_debug_enabled",

@@ -63,7 +63,17 @@ def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     if accelerator is not None and _is_initialized(accelerator):
         index = torch.accelerator.current_device_index()
         devices[torch.device(accelerator.type, index)] = None
-    return [device for device in devices if device.type not in _WITHOUT_RNG] if devices else []
+    return with_rng(devices) if devices else []
+
+
+def beyond_host(tensors: Iterable[Tensor]) -> set[torch.device]:
+    """The devices of some tensors, without the host."""
+    return {tensor.device for tensor in tensors if not tensor.is_cpu}
+
+
+def with_rng(devices: Iterable[torch.device]) -> list[torch.device]:
+    """Those of some devices that have a random state besides the host's."""
+    return [device for device in devices if device.type not in _WITHOUT_RNG]
 
 
 def _is_initialized(device: torch.device) -> bool:

@@ -22,6 +22,9 @@ DEBUG_TRACE_OPERATORS = 20_000
 #: A debug trace prints at most this many operators around the first difference.
 DEBUG_PRINTED_OPERATORS = 40
 
+#: A region that releases no more than this is replayed at once, and not part by part.
+REPLAY_AT_ONCE_BYTES = 256 * 1024
+
 #: Saved tensors smaller than this stay on the device when their region is offloaded.
 OFFLOAD_MIN_BYTES = 64 * 1024
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import _symbolic_trace
-from torch.utils import _device
+from torch.utils import _device, _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import SUPPORTED_NODES
 
@@ -25,6 +27,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "RecordingMode",
     "SavedTensor",
     "TorchDispatchMode",
     "make_saved_tensor",
@@ -43,6 +46,17 @@ push_saved_tensors_hooks: Callable[[Callable[[Tensor], Any], Callable[[Any], Ten
     _autograd._push_saved_tensors_default_hooks
 )
 pop_saved_tensors_hooks: Callable[[], None] = _autograd._pop_saved_tensors_default_hooks
+
+
+def pop_hooks_down_to(pack: Callable[[Tensor], Any]) -> list[tuple[Any, Any]]:
+    """Pop pairs of saved-tensor hooks, the one with this pack hook last; return them."""
+    popped = []
+    while True:
+        pair = _autograd._top_saved_tensors_default_hooks(True)
+        pop_saved_tensors_hooks()
+        popped.append(pair)
+        if pair[0] is pack:
+            return popped
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -73,7 +87,7 @@ class _NodeSavedTensor:
     __slots__ = ("_output",)
 
     def __init__(self, tensor: Tensor) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), _disable_current_modes():
             anchor = torch.empty(0, requires_grad=True)
             # The output, not its grad_fn: the node lives in C++ only as long as it does.
             self._output = _SaveOne.apply(tensor, anchor)  # type: ignore[no-untyped-call]
@@ -140,15 +154,43 @@ def is_functorch_active() -> bool:
     return _C._functorch.peek_interpreter_stack() is not None
 
 
-_hide_view_tracking = functools.partial(
-    _C._SetExcludeDispatchKeyGuard, _C.DispatchKey.ADInplaceOrView, False
-)
+_exclude_dispatch_key: Any = _C._dispatch_tls_set_dispatch_key_excluded
+_is_dispatch_key_excluded: Any = _C._dispatch_tls_is_dispatch_key_excluded
+_VIEW_TRACKING = _C.DispatchKey.ADInplaceOrView
+
+
+def detach_in_handler(tensor: Tensor) -> Tensor:
+    """Do :func:`detach_shallow` where a handler of a dispatch mode is known to run."""
+    _exclude_dispatch_key(_VIEW_TRACKING, False)
+    try:
+        return tensor.detach()
+    finally:
+        _exclude_dispatch_key(_VIEW_TRACKING, True)
 
 
 def detach_shallow(tensor: Tensor) -> Tensor:
     """Detach inside a dispatch mode, where views are not tracked: share the version counter."""
-    with _hide_view_tracking():
+    if not _is_dispatch_key_excluded(_VIEW_TRACKING):
         return tensor.detach()
+    _exclude_dispatch_key(_VIEW_TRACKING, False)
+    try:
+        return tensor.detach()
+    finally:
+        _exclude_dispatch_key(_VIEW_TRACKING, True)
+
+
+def has_graph(tensor: Tensor) -> bool:
+    """Whether a tensor holds a graph node; autograd raises for views that a write has spoilt."""
+    try:
+        return not tensor.is_leaf
+    except RuntimeError:
+        return True
+
+
+def detach_hidden(tensor: Tensor) -> Tensor:
+    """Detach where no dispatch mode sees it; inside of a mode too, the version is shared."""
+    with disable_dispatch_modes():
+        return detach_shallow(tensor)
 
 
 # --- State that a recompute must see again ----------------------------------------------
@@ -248,6 +290,110 @@ def is_same_storage(a: Tensor, b: Tensor) -> bool:
         return a is b
 
 
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the memory that a tensor looks into; 0 where it has none of its own."""
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # sparse and nested tensors
+        return 0
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a copy of a tensor on another device has the same strides."""
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return is_plain and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+
+
+class Place(NamedTuple):
+    """Where in its memory a strided tensor lies."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    is_conj: bool
+    is_neg: bool
+
+
+def place_of(tensor: Tensor) -> Place | None:
+    """Where in its memory a tensor lies; None for one that is more than strided memory."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_nested or tensor.is_quantized:
+        return None
+    return Place(
+        tensor.dtype,
+        tensor.size(),
+        tensor.stride(),
+        int(tensor.storage_offset()),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def copy_storage(tensor: Tensor) -> Tensor:
+    """Copy all memory that a tensor looks into; a tensor without storage is cloned."""
+    with disable_dispatch_modes(), torch.no_grad():
+        if place_of(tensor) is None:
+            return tensor.detach().clone()
+        copied = tensor.untyped_storage().clone()
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(copied)
+
+
+def tensor_at(memory: Tensor, place: Place | None) -> Tensor:
+    """A tensor at a place in the memory of another one."""
+    if place is None:
+        return memory
+    with disable_dispatch_modes(), torch.no_grad():
+        empty = torch.empty(0, dtype=place.dtype, device=memory.device)
+        tensor = empty.set_(memory.untyped_storage(), place.offset, place.size, place.stride)
+        tensor = torch._neg_view(tensor) if place.is_neg else tensor
+        return tensor.conj() if place.is_conj else tensor
+
+
+def as_strided_at(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes a view like this tensor of one with the same memory."""
+    size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+    return lambda base: base.as_strided(size, stride, offset)
+
+
+# --- Subclasses around other tensors ----------------------------------------------------
+
+
+def inner_tensors(tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensors that a subclass such as DTensor is made of, with their names."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    parts = [(name, getattr(tensor, name)) for name in flatten()[0]]
+    # In torch 2.13 a DTensor's mesh is among them, which is no tensor.
+    return [(name, part) for name, part in parts if isinstance(part, Tensor)]
+
+
+#: Inner tensors of a jagged tensor whose identity tells its ragged size from others.
+JAGGED_IDENTITY = frozenset({"_offsets", "_lengths"})
+
+
+def inner_getter(name: str) -> Callable[[Tensor], Tensor]:
+    """What takes a tensor of a name out of a subclass."""
+    return operator.attrgetter(name)
+
+
+def subclass_builder(tensor: Tensor) -> Callable[..., Tensor]:
+    """What makes a subclass like this one around other tensors."""
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    cls, size, stride = type(tensor), tensor.size(), tensor.stride()
+    constants = {name: getattr(tensor, name) for name in names}
+    constants = {name: part for name, part in constants.items() if not isinstance(part, Tensor)}
+    names = [name for name in names if name not in constants]
+
+    def build(*inner: Tensor) -> Tensor:
+        parts = constants | dict(zip(names, inner, strict=True))
+        return cls.__tensor_unflatten__(parts, context, size, stride)  # type: ignore[no-any-return, attr-defined]
+
+    return build
+
+
 # --- Modules ----------------------------------------------------------------------------
 
 #: The base of batch and instance norm, whose kernels write statistics without a new version.
@@ -325,6 +471,96 @@ def is_operator(op: object) -> bool:
     return isinstance(op, (OpOverload, HigherOrderOperator))
 
 
+def operator_named(name: str) -> OpOverload:
+    """The operator of a name such as ``aten::mm`` or ``aten::add.Tensor``."""
+    packet_name, _, overload = name.partition(".")
+    namespace, _, packet_name = packet_name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), packet_name)
+    return getattr(packet, overload or "default")  # type: ignore[no-any-return]
+
+
+def operator_call(op: Any) -> Callable[..., Any]:
+    """What calls an operator: without the Python half of an overload's own call."""
+    return op._op if isinstance(op, OpOverload) else op
+
+
+#: Operators whose results come from other ranks: each rank must run them, or none.
+_COLLECTIVES = frozenset({"_c10d_functional", "c10d_functional", "c10d", "_dtensor"})
+
+
+def is_collective(op: Any) -> bool:
+    """Whether an operator communicates with other ranks."""
+    return getattr(op, "namespace", "") in _COLLECTIVES
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether an operator is made of others, so that its schema may be silent about views."""
+    has_kernel: Any = _C._dispatch_has_kernel_for_dispatch_key
+    return bool(has_kernel(op.name(), "CompositeImplicitAutograd"))
+
+
+def hide_from_compiler(*functions: Callable[..., Any] | type) -> None:
+    """Keep torch.compile from tracing functions of ours, and what they call, in eager code.
+
+    It does trace whatever Python runs in the eager parts of a compiled function: our hooks too.
+
+    Args:
+        *functions: Functions, with those defined inside; a class stands for all its methods.
+    """
+    eval_frame = _C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    for function in functions:
+        if isinstance(function, type):
+            hide_from_compiler(*(f for f in vars(function).values() if isinstance(f, FunctionType)))
+            continue
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+class RecordingMode(TorchDispatchMode):
+    """A dispatch mode whose handler the compiler needs no protection from: it runs no code of
+    the user's, and a wrapper around it would cost a fifth of its time.
+
+    It is entered once. So it does not need the lists of flags that torch's class keeps for nested
+    entries of one object, and sets the three flags itself.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        self._flags: tuple[bool, bool, bool]
+
+    def __enter__(self) -> RecordingMode:
+        state: Any = _python_dispatch
+        self._flags = (
+            state._is_in_torch_dispatch_mode,
+            state._is_in_non_infra_torch_dispatch_mode,
+            state._is_in_any_mode_without_ignore_compile_internals,
+        )
+        self._set_flags(True, True, True)
+        _C._push_on_torch_dispatch_stack(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _C._pop_torch_dispatch_stack(None)
+        self._set_flags(*self._flags)
+
+    @staticmethod
+    def _set_flags(is_in: bool, is_in_non_infra: bool, is_in_without_ignore: bool) -> None:
+        state: Any = _python_dispatch
+        state._is_in_torch_dispatch_mode = is_in
+        state._is_in_non_infra_torch_dispatch_mode = is_in_non_infra
+        state._is_in_any_mode_without_ignore_compile_internals = is_in_without_ignore
+        state.set_is_in_mode_without_ignore_compile_internals(is_in_without_ignore)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 def operator_overloads(packet: OpOverloadPacket) -> Sequence[OpOverload]:
     """All overloads of an operator packet such as ``torch.ops.aten.mm``."""
     return [getattr(packet, name) for name in packet.overloads()]
@@ -342,6 +578,11 @@ def compiled_original(module: object) -> torch.nn.Module | None:
 
     # Not getattr: OptimizedModule's own lookup needs state that unpickling has not set yet.
     return module.__dict__["_modules"].get("_orig_mod") if type(module) is OptimizedModule else None
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of a module run compiled code: ``torch.compile(m)`` and ``m.compile()``."""
+    return module._compiled_call_impl is not None or compiled_original(module) is not None
 
 
 def is_wrap_policy(policy: object) -> bool:

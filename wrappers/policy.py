@@ -13,12 +13,21 @@ from typing import Any
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy
 
 __all__ = [
+    "KEPT",
+    "OFFLOADED",
     "SAC_IGNORED_OPS",
     "CheckpointImpl",
     "CheckpointPolicy",
     "SelectiveCheckpointContext",
     "policy_from_bool",
 ]
+
+
+#: Answers of a policy that move an operator's output to the host.
+OFFLOADED = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
+
+#: Answers of a policy that keep an operator's output, wherever.
+KEPT = OFFLOADED | {CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE}
 
 
 class CheckpointImpl(enum.Enum):
@@ -31,10 +40,13 @@ class CheckpointImpl(enum.Enum):
             function again and runs a second backward through it.
         NO_REENTRANT: Saved-tensor hooks. The graph is built in forward without its saved
             tensors; backward calls the function again until the last needed one is back.
+        REPLAY: Saved-tensor hooks and a recording. Backward executes those of the forward's
+            operators that its saved tensors depend on, and calls no function again.
     """
 
     REENTRANT = enum.auto()
     NO_REENTRANT = enum.auto()
+    REPLAY = enum.auto()
 
     @classmethod
     def _missing_(cls, value: object) -> CheckpointImpl | None:

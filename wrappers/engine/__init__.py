@@ -37,8 +37,21 @@ For user code:
        states, autocast, module state) is popped, the original exception reaches the user, and
        the next step runs as if nothing had happened.
 
+REPLAY executes recorded operators instead of the function, under the same rules:
+
+* Rules 1, 2 and 6 hold as they are. Held inputs and kept outputs go through autograd's SavedTensor
+  where a region surrounds this one, so it hides them.
+* Rule 3 does not apply, as no user code runs and no region is met. It does apply to the rerun that
+  a first replay is compared with, and to a region that has fallen back.
+* Rule 4: a tensor that has been unpacked is gone, and a second backward replays again. Kept outputs
+  belong to the slots that depend on them, and die with these.
+* Rule 5 is exact: what runs is what living empty slots need, wherever in the function it stands.
+* Rule 7: a replay pushes no hooks and no module state; what it does push (grad mode, kernel
+  choice, random states, :func:`is_recomputing`) it pops.
+
 Files, each importing only those above it: ``ambient`` and ``module_state`` (what a recompute
-must see again), ``verify`` (did it do the same), ``region`` (settings), ``frame`` (one
-forward execution), ``rerun`` and ``reentrant`` (the two implementations), ``selective`` (the
-context_fn pair), ``api`` (what users call).
+must see again), ``verify`` (did it do the same), ``selective`` (the context_fn pair), ``region``
+(settings), ``frame`` (one forward execution), ``rerun`` and ``reentrant`` (two implementations),
+``operators`` (what an operator does to memory), ``record`` (the operators of a forward), ``replay``
+(the third implementation), ``api`` (what users call).
 """

@@ -172,6 +172,25 @@ class Ambient:
         self.device_rng = ()
 
 
+def enter_kernels(kernels: tuple[Any, ...], undo: Undo) -> None:
+    """Let recorded operators run as in forward: the same kernel choice, no autocast.
+
+    Args:
+        kernels: The forward's, from :func:`wrappers._torch.settings`.
+        undo: Receives calls that put the present state back, to be made in reverse order.
+    """
+    is_autocast, _, now = _torch.settings()
+    if now != kernels:
+        undo.append(partial(_torch.set_kernels, now))
+        _torch.set_kernels(kernels)
+    if is_autocast:  # The casts are operators, and recorded.
+        for kind, (enabled, dtype) in _autocast_state()[1].items():
+            if enabled:
+                context = torch.autocast(kind, dtype=dtype, enabled=False)
+                context.__enter__()
+                undo.append(partial(context.__exit__, None, None, None))
+
+
 _AUTOCAST_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
 
 

@@ -16,9 +16,11 @@ from torch import nn
 from wrappers import _torch
 from wrappers.engine.frame import WHOLE_CALLS, Function, without_partials
 from wrappers.engine.reentrant import run_reentrant
-from wrappers.engine.region import ContextFn, Region, noop_context_fn
+from wrappers.engine.region import Region, noop_context_fn
+from wrappers.engine.replay import run_replay
 from wrappers.engine.rerun import run_no_reentrant
-from wrappers.engine.selective import for_compiler
+from wrappers.engine.selective import ContextFn, compiler_context_fn, for_compiler
+from wrappers.policies import Policy, as_policy
 from wrappers.policy import CheckpointImpl
 
 
@@ -50,7 +52,10 @@ def run_region(
             "vjp, vmap, jvp, ...) is not possible, since the transform has its own saved tensors. "
             "Put the region around the transform, or use torch.autograd.grad in place of it."
         )
-    run = run_reentrant if region.impl is CheckpointImpl.REENTRANT else run_no_reentrant
+    impl = region.impl  # By identity: hashing a member of an enum runs Python code.
+    if impl is CheckpointImpl.REPLAY:
+        return run_replay(region, function, args, kwargs, owner)
+    run = run_reentrant if impl is CheckpointImpl.REENTRANT else run_no_reentrant
     return run(region, function, args, kwargs, owner)
 
 
@@ -62,14 +67,28 @@ def run_compiled(
     The compiler recomputes by itself: it ignores the determinism check and ``debug``, and
     always preserves random states.
     """
-    return _call_torch(region.context_fn, function, args, kwargs)
+    return _call_torch(
+        region.context_fn,
+        region.policy,
+        region.allow_cache_entry_mutation,
+        function,
+        args,
+        kwargs,
+    )
 
 
 def _call_torch(
-    context_fn: ContextFn, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    context_fn: ContextFn,
+    policy: Any,
+    allow_mutation: bool,
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     options: dict[str, Any] = {}
-    if context_fn is not noop_context_fn:
+    if policy is not None:
+        options["context_fn"] = compiler_context_fn(policy, allow_mutation)
+    elif context_fn is not noop_context_fn:
         options["context_fn"] = for_compiler(context_fn)
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, **options, **kwargs
@@ -86,6 +105,9 @@ def checkpoint(
     debug: bool = False,
     early_stop: bool = True,
     preserve_rng_state: bool = True,
+    policy: Any = None,
+    verify: str = "first",
+    allow_cache_entry_mutation: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Run a function as a region: drop its activations, recompute them in backward.
@@ -110,14 +132,21 @@ def checkpoint(
         early_stop: End the recompute with the last saved tensor that is needed. Overridden by
             :func:`set_checkpoint_early_stop`.
         preserve_rng_state: Let random operators give the same numbers in the recompute, on
-            every device in use.
+            every device in use. REPLAY always does.
+        policy: Which operators' outputs are kept or moved to the host instead of being recomputed:
+            a list of operators, a function ``(ctx, op, *args, **kwargs)``, or a preset of
+            :mod:`wrappers.policies`. The default ``impl`` is REPLAY then.
+        verify: When REPLAY compares its tensors with a rerun's: ``"first"`` (its first time for
+            this function), ``"always"``, ``"never"``.
+        allow_cache_entry_mutation: Whether what the policy keeps may be changed in place before
+            backward; it then sees the change.
         **kwargs: Keyword arguments of the function.
 
     Returns:
         What the function returns.
 
     Raises:
-        TypeError: ``function`` cannot be called.
+        TypeError: ``function`` cannot be called, or ``policy`` is none.
         ValueError: An option is unknown, or two contradict each other.
         CheckpointError: In backward: the recompute differs from the forward, or an input or
             parameter was changed in place.
@@ -125,18 +154,25 @@ def checkpoint(
     if not callable(function):
         raise TypeError(f"checkpoint needs a callable, got {type(function).__name__}")
     if torch.compiler.is_compiling():  # Before anything that the compiler cannot trace.
-        return _call_torch(context_fn, function, args, kwargs)
+        return _call_torch(context_fn, policy, allow_cache_entry_mutation, function, args, kwargs)
+    if policy is not None:
+        policy = as_policy(policy)
     region = _region_for(
         function,
         use_reentrant,
         impl,
+        policy,
         preserve_rng_state,
         determinism_check,
         debug,
         early_stop,
+        verify,
+        allow_cache_entry_mutation,
     )
     if context_fn is not noop_context_fn:
-        region = region.with_context_fn(context_fn)
+        region = region.changed(context_fn=context_fn)
+    elif region.policy is not policy and region.policy != policy:
+        region = region.changed(policy=policy)
     return run_region(region, function, args, kwargs)
 
 
@@ -144,12 +180,26 @@ def checkpoint(
 #: weakly: a class that a function defines would keep what its methods close over.
 _regions: dict[tuple[Any, ...], tuple[weakref.ref[Any], Region]] = {}
 
+#: What else tells regions of one function apart.
+_OPTIONS = (
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "verify",
+    "allow_cache_entry_mutation",
+)
+
 #: More functions than that, and the regions are made anew.
 _MAX_REGIONS = 4096
 
 
 def _region_for(
-    function: Function, use_reentrant: bool | None, impl: CheckpointImpl | None, *options: Any
+    function: Function,
+    use_reentrant: bool | None,
+    impl: CheckpointImpl | None,
+    policy: Policy | None,
+    *options: Any,
 ) -> Region:
     """The region of a function that is called with these options.
 
@@ -157,18 +207,23 @@ def _region_for(
     closure is made anew for every call; what identifies it is its code.
     """
     code = _code_of(function)
+    is_replay = impl is CheckpointImpl.REPLAY or (policy is not None and impl is None)
+    if is_replay and not (type(function) is types.FunctionType and not function.__closure__):
+        # What one module's calls have shown is not true of another's.
+        modules = _modules_of(function)
+        if modules:
+            code = modules[0]
+            options = (*options, *map(id, modules))
     # By id, as hashing a code object is slow.
-    key = (id(code), use_reentrant, impl, *options)
+    kind = policy if policy is None or policy.is_static else type(policy)
+    key = (id(code), use_reentrant, impl, kind, *options)
     entry = _regions.get(key)
     if entry is None or entry[0]() is not code:
-        preserve_rng_state, determinism_check, debug, early_stop = options
         region = Region(
-            impl=choose_impl(use_reentrant, impl),
-            preserve_rng_state=preserve_rng_state,
-            determinism_check=determinism_check,
-            debug=debug,
-            early_stop=early_stop,
+            impl=choose_impl(use_reentrant, impl, policy),
+            policy=policy,
             fqn=_name_of(function),
+            **dict(zip(_OPTIONS, options, strict=False)),
         )
         if len(_regions) >= _MAX_REGIONS:
             _regions.clear()
@@ -185,6 +240,32 @@ def _code_of(function: Any) -> Any:
     if code is not None:
         return code
     return function if isinstance(function, types.BuiltinFunctionType) else type(function)
+
+
+def _modules_of(function: Any) -> list[nn.Module]:
+    """The modules that a function runs, as far as that shows: itself, bound to it, closed over."""
+    found: list[nn.Module] = []
+    while isinstance(function, functools.partial):
+        found += [v for v in (*function.args, *function.keywords.values()) if _is_module(v)]
+        function = function.func
+    if type(function) is nn.Sequential and len(function):
+        return [*function, *found]  # checkpoint_sequential makes one for each call.
+    if isinstance(function, nn.Module):
+        return [function, *found]
+    bound_to = getattr(function, "__self__", None)
+    if isinstance(bound_to, nn.Module):
+        return [bound_to, *found]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            if _is_module(cell.cell_contents):
+                found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return found
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
 
 
 def _is_whole_call(function: Any) -> bool:
@@ -205,14 +286,16 @@ def _name_of(function: Any) -> str:
     return name
 
 
-def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> CheckpointImpl:
-    """Combine torch's option and ours.
+def choose_impl(
+    use_reentrant: bool | None, impl: CheckpointImpl | None, policy: Any = None
+) -> CheckpointImpl:
+    """Combine torch's option and ours; with a policy, REPLAY is the default.
 
     Raises:
         ValueError: They contradict each other.
     """
     if use_reentrant is None:
-        return CheckpointImpl.NO_REENTRANT if impl is None else CheckpointImpl(impl)
+        return default_impl(policy) if impl is None else CheckpointImpl(impl)
     meant = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
     if impl is not None and CheckpointImpl(impl) is not meant:
         raise ValueError(
@@ -220,6 +303,11 @@ def choose_impl(use_reentrant: bool | None, impl: CheckpointImpl | None) -> Chec
             "too. Give one of the two."
         )
     return meant
+
+
+def default_impl(policy: Any) -> CheckpointImpl:
+    """The implementation of a region for which none was chosen."""
+    return CheckpointImpl.NO_REENTRANT if policy is None else CheckpointImpl.REPLAY
 
 
 def checkpoint_sequential(
@@ -246,7 +334,7 @@ def checkpoint_sequential(
     Raises:
         ValueError: Fewer functions than segments, no segment, or an unknown option.
     """
-    known = ("impl", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state")
+    known = ("impl", "context_fn", "policy", *_OPTIONS)
     if unknown := options.keys() - set(known):
         raise ValueError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
     steps = list(functions)

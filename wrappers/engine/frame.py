@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wrappers import _device, _torch, _tree
 from wrappers.engine.ambient import Ambient, Undo, leave
 from wrappers.engine.module_state import ModuleState
-from wrappers.engine.region import Region
+from wrappers.engine.region import Region, num_fallbacks
 from wrappers.errors import CheckpointError, InputChangedError
 
 Function = Callable[..., Any]
@@ -42,6 +42,8 @@ class _ThisThread(threading.local):
         self.depth = 0
         #: An object, as frames refer to it: backward may run in a thread of autograd's.
         self.backwards = _Backwards()
+        #: How many regions had fallen back at the time that the running rerun repeats.
+        self.as_of: int | None = None
 
 
 _this_thread = _ThisThread()
@@ -56,6 +58,39 @@ def is_recomputing() -> bool:
     return _this_thread.depth > 0
 
 
+def enter_recompute() -> None:
+    """From now on this thread recomputes."""
+    _this_thread.depth += 1
+
+
+def leave_recompute() -> None:
+    """The end of what :func:`enter_recompute` has begun."""
+    _this_thread.depth -= 1
+
+
+def enter_forward(as_of: int) -> int | None:
+    """From now on the fallbacks that happen in this thread do not count, as in its rerun."""
+    before = _this_thread.as_of
+    _this_thread.as_of = as_of
+    return before
+
+
+def leave_forward(before: int | None) -> None:
+    """The end of what :func:`enter_forward` has begun."""
+    _this_thread.as_of = before
+
+
+def backwards_of_thread() -> _Backwards:
+    """What counts the backwards inside of regions that run forward in this thread."""
+    return _this_thread.backwards
+
+
+def visible_fallbacks() -> int:
+    """How many of the fallbacks so far count here: in a rerun, those before its forward."""
+    as_of = _this_thread.as_of
+    return num_fallbacks() if as_of is None else as_of
+
+
 #: Names of the methods of a module that are a call of it as a whole.
 WHOLE_CALLS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 
@@ -65,6 +100,16 @@ def without_partials(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def module_of(function: Any, owner: nn.Module | None) -> nn.Module | None:
+    """The module that a call uses: its owner, the function itself, or a bound method's object."""
+    if owner is not None:
+        return owner
+    function = without_partials(function)
+    if not isinstance(function, nn.Module):
+        function = getattr(function, "__self__", None)
+    return function if isinstance(function, nn.Module) else None
 
 
 def _state_of(function: Any, owner: nn.Module | None) -> ModuleState | None:
@@ -117,6 +162,7 @@ class Frame:
 
     Attributes:
         is_stopped: Whether the rerun, or the last one, was told to end early.
+        as_of: How many regions had fallen back when the forward began.
         runs_backward: Whether a backward inside the region has run in its forward. One that needs
             no saved tensor of the region's (a sum's) cannot be seen.
         tensors: The tensors among the arguments, flat, until :meth:`take_tensors`.
@@ -132,6 +178,7 @@ class Frame:
         "_num_backwards",
         "_rebuild",
         "ambient",
+        "as_of",
         "function",
         "is_stopped",
         "module_state",
@@ -151,6 +198,7 @@ class Frame:
     ) -> None:
         self.region = region
         self.function = function
+        self.as_of = visible_fallbacks()
         self.tensors, self._rebuild = _tree.flatten_call(args, kwargs)
         self.num_inputs = len(self.tensors)
         self.module_state = state = _state_of(function, owner)
@@ -212,6 +260,7 @@ class Frame:
         undo: Undo = [_enable_grad if torch.is_grad_enabled() else _disable_grad]
         _torch.set_grad_enabled(True)
         _this_thread.depth += 1
+        as_of, _this_thread.as_of = _this_thread.as_of, self.as_of
         try:
             self.ambient.enter(undo)
             if self.module_state is not None:
@@ -230,6 +279,7 @@ class Frame:
             raise
         finally:
             _this_thread.depth -= 1
+            _this_thread.as_of = as_of
             leave(undo)
 
     def _set_gradients_aside(self, undo: Undo) -> None:

@@ -8,16 +8,18 @@ looked at, and whether the user has been warned.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from wrappers.engine import verify
+from wrappers.engine.selective import ContextFn, contexts_of_policy
+from wrappers.engine.verify import DETERMINISM_CHECKS
+from wrappers.policies import Policy, as_policy
 from wrappers.policy import CheckpointImpl
 
-ContextFn = Callable[
-    [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
-]
+#: When a region's replay is compared with a rerun: for its first one, always, never.
+VERIFY = ("first", "always", "never")
 
 #: Every so many calls a region without preserve_rng_state is looked at for what it draws.
 _PROBE_EVERY_CALLS = 64
@@ -30,6 +32,9 @@ def noop_context_fn() -> tuple[
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
+_NO_MODE = object()
+
+
 class Habits:
     """What is remembered between the calls of a region that does not preserve random state."""
 
@@ -37,7 +42,7 @@ class Habits:
 
     def __init__(self) -> None:
         self._calls = 0
-        self._last_mode: object = self
+        self._last_mode: object = _NO_MODE
         self._has_warned = False
 
     def should_probe(self, mode: object) -> bool:
@@ -67,6 +72,87 @@ class Habits:
         )
 
 
+class RegionStats:
+    """What one forward of a region with REPLAY has come to, and its backward so far.
+
+    Attributes:
+        num_operators: Operators recorded, views included.
+        num_kept: Operators whose output is kept.
+        num_needed: Operators that the saved tensors depend on and that are not kept.
+        num_replayed: Operators executed by backward so far.
+        num_offloaded: Outputs moved to the host.
+        kept_bytes: Bytes of what is kept.
+        input_bytes: Bytes of the region's arguments, measured with them.
+        num_bytes: Bytes kept and released.
+        released_bytes: Bytes that autograd would have kept without checkpointing, beyond inputs
+            and parameters, and that are not kept. None where it has not been measured: only the
+            first call of a region is.
+    """
+
+    # On the class, as most forwards set two of them.
+    num_operators = num_kept = num_needed = num_replayed = num_offloaded = 0
+    input_bytes = num_bytes = 0
+    kept_bytes: int | None = None
+    released_bytes: int | None = None
+
+    @property
+    def num_dropped(self) -> int:
+        """Operators that nobody needs again."""
+        return self.num_operators - self.num_needed - self.num_kept
+
+
+class Experience:
+    """What the calls of a region with REPLAY have shown; shared by all copies of the region.
+
+    Attributes:
+        fallen_at: Which of all fallbacks so far was this region's; None if it has not fallen back.
+        reason: Why it has fallen back.
+        keeps_policy: Whether the policy still counts where it has fallen back.
+        is_verified: Whether a replay has been compared with a rerun.
+        note: What the comparison has shown, if it could not be made.
+        stats: Of the latest call.
+        measured: Of the first call, which is measured in bytes too.
+        unneeded: What the policy kept in the first call although nothing needed it.
+    """
+
+    __slots__ = (
+        "_said",
+        "fallen_at",
+        "is_verified",
+        "keeps_policy",
+        "measured",
+        "note",
+        "reason",
+        "stats",
+        "unneeded",
+    )
+
+    def __init__(self) -> None:
+        self.fallen_at: int | None = None
+        self.reason = ""
+        self.is_verified = False
+        self.keeps_policy = False
+        self.note = ""
+        self.stats: RegionStats | None = None
+        self.measured: RegionStats | None = None
+        self.unneeded: list[int] = []
+        self._said: set[str] = set()
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Say something once."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(text, stacklevel=2)
+
+
+_num_fallbacks = 0
+
+
+def num_fallbacks() -> int:
+    """How many regions have fallen back from REPLAY to a rerun so far."""
+    return _num_fallbacks
+
+
 class Region:
     """Settings of a region and what is known about it.
 
@@ -79,21 +165,33 @@ class Region:
         debug: Whether to record the operators of both runs for the error text.
         early_stop: Whether a recompute ends with the last saved tensor that is needed.
         fqn: Name for errors and reports.
+        policy: Which operators' outputs are kept; see :mod:`wrappers.policies`. With NO_REENTRANT
+            it stands for a ``context_fn``.
+        verify: When a replay is compared with a rerun: ``"first"``, ``"always"``, ``"never"``.
+        allow_cache_entry_mutation: Whether what a policy keeps may be changed before backward.
 
     Raises:
-        TypeError: ``context_fn`` cannot be called.
+        TypeError: ``context_fn`` cannot be called, or ``policy`` is none.
         ValueError: A setting is unknown, or two contradict each other.
     """
 
     __slots__ = (
+        "__weakref__",
+        "_substitute",
+        "_witness",
+        "allow_cache_entry_mutation",
         "context_fn",
         "debug",
         "determinism_check",
         "early_stop",
+        "experience",
         "fqn",
         "habits",
         "impl",
+        "policy",
         "preserve_rng_state",
+        "rules",
+        "verify",
     )
 
     def __init__(
@@ -106,6 +204,9 @@ class Region:
         debug: bool = False,
         early_stop: bool = True,
         fqn: str = "",
+        policy: Any = None,
+        verify: str = "first",
+        allow_cache_entry_mutation: bool = False,
     ) -> None:
         self.impl = CheckpointImpl(impl)
         self.preserve_rng_state = preserve_rng_state
@@ -114,22 +215,46 @@ class Region:
         self.debug = debug
         self.early_stop = early_stop
         self.fqn = fqn
+        self.policy: Policy | None = None if policy is None else as_policy(policy)
+        self.verify = verify
+        self.allow_cache_entry_mutation = allow_cache_entry_mutation
         self.habits = Habits()
+        self.experience = Experience()
+        #: What the recorder makes of the policy.
+        self.rules: Any = None
+        self._substitute: Region | None = None
+        self._witness: Region | None = None
         if not callable(context_fn):
             raise TypeError(f"context_fn must be a callable, got {type(context_fn).__name__}")
-        if determinism_check not in verify.DETERMINISM_CHECKS:
+        if determinism_check not in DETERMINISM_CHECKS:
             raise ValueError(
-                f"determinism_check must be one of {sorted(verify.DETERMINISM_CHECKS)}, "
+                f"determinism_check must be one of {sorted(DETERMINISM_CHECKS)}, "
                 f"got {determinism_check!r}"
             )
+        if verify not in VERIFY:
+            raise ValueError(f"verify must be one of {list(VERIFY)}, got {verify!r}")
         if self.impl is CheckpointImpl.REENTRANT:
             self._refuse_what_needs_hooks()
+        if context_fn is not noop_context_fn and (
+            policy is not None or self.impl is CheckpointImpl.REPLAY
+        ):
+            raise ValueError(
+                "context_fn cannot be combined with policy or CheckpointImpl.REPLAY: give the "
+                "policy of create_selective_checkpoint_contexts as policy=..., or use "
+                "CheckpointImpl.NO_REENTRANT without policy."
+            )
+        if self.policy is not None and self.impl is CheckpointImpl.NO_REENTRANT:
+            note = self.note_unmatched if self.policy.expects_match else None
+            self.context_fn = functools.partial(
+                contexts_of_policy, self.policy, allow_cache_entry_mutation, note
+            )
 
     def _refuse_what_needs_hooks(self) -> None:
         given = [
             name
             for name, is_given in (
                 ("context_fn", self.context_fn is not noop_context_fn),
+                ("policy", self.policy is not None),
                 ("debug", bool(self.debug)),
                 ("determinism_check='values'", self.determinism_check == "values"),
             )
@@ -152,21 +277,101 @@ class Region:
         """Whether a forward that starts now is traced."""
         return self.debug if _debug is None else _debug
 
-    def with_context_fn(self, context_fn: ContextFn) -> Region:
-        """The same region under other contexts; what is known about it is shared."""
-        region = Region(context_fn=context_fn, **self._options())
+    def changed(self, **options: Any) -> Region:
+        """The same region with some settings changed; what is known about it is shared."""
+        region = Region(**{**self.__getstate__(), **options})
         region.habits = self.habits
+        region.experience = self.experience
         return region
 
-    def _options(self) -> dict[str, Any]:
-        names = ("impl", "preserve_rng_state", "determinism_check", "debug", "early_stop", "fqn")
-        return {name: getattr(self, name) for name in names}
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"context_fn": self.context_fn, **self._options()}
+        names = (
+            "impl",
+            "preserve_rng_state",
+            "determinism_check",
+            "debug",
+            "early_stop",
+            "fqn",
+            "policy",
+            "verify",
+            "allow_cache_entry_mutation",
+        )
+        state = {name: getattr(self, name) for name in names}
+        if self.policy is None:  # Else it is made from the policy.
+            state["context_fn"] = self.context_fn
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    # --- REPLAY
+
+    def should_verify(self) -> bool:
+        """Whether the replay of a forward that starts now is to be compared with a rerun."""
+        if self.verify == "first":
+            return not self.experience.is_verified or self.is_debug
+        return self.verify == "always"
+
+    def for_witness(self) -> Region:
+        """The settings of the rerun that a replay is compared with."""
+        if self._witness is None:
+            options = {"preserve_rng_state": True, "policy": None, "debug": False}
+            self._witness = self.changed(impl=CheckpointImpl.NO_REENTRANT, **options)
+        return self._witness
+
+    def substitute(self) -> Region:
+        """The settings of a region that has fallen back.
+
+        Without its policy, unless it is known to work: what a policy keeps by the number of an
+        operator's call is not safe where operators write unseen.
+        """
+        if self._substitute is None:
+            options = {} if self.experience.keeps_policy else {"policy": None}
+            self._substitute = self.changed(impl=CheckpointImpl.NO_REENTRANT, **options)
+        return self._substitute
+
+    def is_fallen(self, visible_fallbacks: int) -> bool:
+        """Whether the region has fallen back, as far as so many fallbacks tell."""
+        fallen_at = self.experience.fallen_at
+        return fallen_at is not None and fallen_at <= visible_fallbacks
+
+    def fall_back(self, reason: str, *, keeps_policy: bool = False) -> None:
+        """Rerun the region from its next forward on; say why, once."""
+        global _num_fallbacks
+        if self.experience.fallen_at is not None:
+            return
+        _num_fallbacks += 1
+        # One that has never run as a replay was none for anybody.
+        self.experience.fallen_at = 0 if self.experience.stats is None else _num_fallbacks
+        self.experience.reason = reason
+        self.experience.keeps_policy = keeps_policy
+        self.experience.warn_once(
+            "fallback",
+            f"region `{self.fqn}` is rerun from now on instead of replayed: {reason}. Pass "
+            "impl=CheckpointImpl.NO_REENTRANT to say that you know.",
+        )
+
+    def note_verified(self, note: str = "") -> None:
+        """Note that a replay has been compared with a rerun, or that this cannot be done."""
+        self.experience.is_verified = True
+        self.experience.note = note
+
+    def note_unmatched(self, seen: Iterable[str]) -> None:
+        """Say once that the policy has kept nothing."""
+        names = ", ".join(seen)
+        self.experience.warn_once(
+            "unmatched",
+            f"region `{self.fqn}`: the policy keeps the output of no operator, so all of them are "
+            f"recomputed. The operators of this region: {names}",
+        )
+
+    def warn_nothing_to_offload(self) -> None:
+        """Say once that a policy offloads what is on the host."""
+        self.experience.warn_once(
+            "offload",
+            f"region `{self.fqn}`: the policy moves outputs to the host that are there already; "
+            "they are kept as they are",
+        )
 
     def __repr__(self) -> str:
         return f"Region({self.fqn!r}, {self.impl.name})"

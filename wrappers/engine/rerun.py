@@ -35,7 +35,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,12 +43,19 @@ from torch import Tensor, nn
 
 from wrappers import _torch
 from wrappers.engine import verify
-from wrappers.engine.frame import Frame, Function, StopRerun, detach
+from wrappers.engine.frame import (
+    Frame,
+    Function,
+    StopRerun,
+    detach,
+    enter_forward,
+    leave_forward,
+)
 from wrappers.engine.region import Region, noop_context_fn
 from wrappers.errors import CheckpointError, InputChangedError, RecomputeMismatchError
 
 
-class _Slot:
+class Slot:
     """The place of one saved tensor. ``value`` exists only between fill and unpack."""
 
     __slots__ = ("__weakref__", "value", "version")
@@ -58,7 +65,7 @@ class _Slot:
     version: int
 
 
-class _PlainInput:
+class PlainInput:
     """An input while no hooks are active: all that a SavedTensor is then, and cheaper."""
 
     __slots__ = ("_tensor", "_version")
@@ -68,6 +75,7 @@ class _PlainInput:
         self._version = _torch.version(tensor)
 
     def unpack(self) -> Tensor:
+        """Give the tensor back; raise RuntimeError if it was changed in place since."""
         version = _torch.version(self._tensor)
         if version != self._version:
             raise RuntimeError(
@@ -79,7 +87,7 @@ class _PlainInput:
 
 def _save(tensor: Tensor) -> _torch.SavedTensor:
     # Autograd refuses to save what was born in inference mode, and nothing else could hide it.
-    return _PlainInput(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
+    return PlainInput(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
 
 
 def _unpack_in_rerun(packed: Any) -> Tensor:
@@ -87,7 +95,7 @@ def _unpack_in_rerun(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     slot = packed and packed()
-    if isinstance(slot, _Slot) and hasattr(slot, "value"):
+    if isinstance(slot, Slot) and hasattr(slot, "value"):
         return slot.value
     raise CheckpointError(
         "a backward runs through tensors that a recompute has made, which are gone. If the region "
@@ -97,7 +105,18 @@ def _unpack_in_rerun(packed: Any) -> Tensor:
 
 
 class RerunFrame(Frame):
-    """One forward execution whose saved tensors are recomputed by calling the function again."""
+    """One forward execution whose saved tensors are recomputed by calling the function again.
+
+    Args:
+        region: The region's settings.
+        function: What the region runs.
+        args: Positional arguments of this execution.
+        kwargs: Keyword arguments of this execution.
+        owner: The module whose state the function uses.
+        inputs: Who holds the input tensors, if that is settled already.
+    """
+
+    slot_type = Slot
 
     __slots__ = (
         "_describe",
@@ -120,15 +139,18 @@ class RerunFrame(Frame):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         owner: nn.Module | None,
+        *,
+        inputs: Sequence[_torch.SavedTensor] | None = None,
     ) -> None:
         super().__init__(region, function, args, kwargs, owner)
-        self._inputs: list[_torch.SavedTensor]
         self._input_versions: list[int] = []
-        if _torch.has_saved_tensors_hooks():
+        is_hidden = _torch.has_saved_tensors_hooks()
+        if is_hidden:
             self._input_versions = [_torch.version(tensor) for tensor in self.tensors]
-            self._inputs = [_save(tensor) for tensor in self.take_tensors()]
-        else:
-            self._inputs = [_PlainInput(tensor) for tensor in self.take_tensors()]
+        tensors = self.take_tensors()
+        if inputs is None:
+            inputs = list(map(_save, tensors)) if is_hidden else list(map(PlainInput, tensors))
+        self._inputs = inputs
         self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
         self._early_stop = region.is_early_stop
         self._trace = verify.DebugTrace() if region.is_debug else None
@@ -136,7 +158,7 @@ class RerunFrame(Frame):
         self._is_forward_over = False
         self._num_nodes = 0
         self._group: weakref.ref[Any] | None = None
-        self.slots: list[weakref.ref[_Slot]] = []
+        self.slots: list[weakref.ref[Slot]] = []
         self.described: list[verify.Description] = []
 
     # --- Forward
@@ -145,18 +167,26 @@ class RerunFrame(Frame):
         """Run the function so that the graph keeps slots where it would keep tensors."""
         context_fn = self.region.context_fn
         start = _torch.next_sequence_number()
-        if context_fn is noop_context_fn and self._trace is None:
-            _torch.push_saved_tensors_hooks(self._make_pack(), self._unpack)
-            try:
-                out = self.function(*args, **kwargs)
-            finally:
-                _torch.pop_saved_tensors_hooks()
-        else:
-            out = self._run_forward_in_context(args, kwargs)
+        as_of = enter_forward(self.as_of)
+        try:
+            if context_fn is noop_context_fn and self._trace is None:
+                _torch.push_saved_tensors_hooks(self.make_pack(), self._unpack)
+                try:
+                    out = self.function(*args, **kwargs)
+                finally:
+                    _torch.pop_saved_tensors_hooks()
+            else:
+                out = self._run_forward_in_context(args, kwargs)
+        finally:
+            leave_forward(as_of)
+        self.end_forward(start)
+        return out
+
+    def end_forward(self, start: int) -> None:
+        """Note that the forward is over, whose first graph node had the number ``start``."""
         self._is_forward_over = True
         self._num_nodes = _torch.next_sequence_number() - start
         self.finish_forward()
-        return out
 
     def is_last_node(self, saved: Tensor, start: int) -> bool:
         """Whether the operator that saves this tensor, its output, is the last that saves any.
@@ -174,7 +204,7 @@ class RerunFrame(Frame):
     def _run_forward_in_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context, self._recompute_context = self.region.context_fn()
         is_returned = False
-        _torch.push_saved_tensors_hooks(self._make_pack(), self._unpack)
+        _torch.push_saved_tensors_hooks(self.make_pack(), self._unpack)
         try:
             # The trace is the inner one: it sees what a policy's mode takes from its cache too.
             with context, self._trace.forward if self._trace else contextlib.nullcontext():
@@ -190,12 +220,12 @@ class RerunFrame(Frame):
             )
         return out
 
-    def _make_pack(self) -> Callable[[Tensor], _Slot]:
-        """The pack hook of the forward. See [Note: hooks are closures]."""
+    def make_pack(self) -> Callable[[Tensor], Slot]:
+        """Make the pack hook of the forward. See [Note: hooks are closures]."""
         add_slot, add_description, ref = self.slots.append, self.described.append, weakref.ref
-        describe, new = self._describe, _Slot
+        describe, new = self._describe, self.slot_type
 
-        def pack(tensor: Tensor) -> _Slot:
+        def pack(tensor: Tensor) -> Slot:
             slot = new()
             add_slot(ref(slot))
             try:
@@ -204,7 +234,7 @@ class RerunFrame(Frame):
                 add_description(verify.describe(tensor))
             return slot
 
-        def pack_otherwise(tensor: Tensor) -> _Slot:
+        def pack_otherwise(tensor: Tensor) -> Slot:
             slot = new()
             add_slot(ref(slot))
             if describe is not None:
@@ -215,11 +245,11 @@ class RerunFrame(Frame):
 
     # --- Backward
 
-    def _unpack(self, slot: _Slot) -> Tensor:
+    def _unpack(self, slot: Slot) -> Tensor:
         try:
             value = slot.value
         except AttributeError:
-            self._recompute()
+            self.recompute()
             value = slot.value
         del slot.value
         if value._version != slot.version:
@@ -259,7 +289,7 @@ class RerunFrame(Frame):
                 return index
         raise AssertionError("a recompute was asked for although no slot is empty")
 
-    def _recompute(self) -> None:
+    def recompute(self) -> None:
         """Fill every slot that is alive and empty."""
         group = _torch.get_graph_exec_group() if self._is_forward_over else None
         if group is not None:
@@ -428,7 +458,7 @@ class _Fill:
         detaches = torch.is_anomaly_enabled()
         count = 0
 
-        def pack(tensor: Tensor) -> Tensor | weakref.ref[_Slot] | None:
+        def pack(tensor: Tensor) -> Tensor | weakref.ref[Slot] | None:
             nonlocal count
             index = count
             count += 1
@@ -488,3 +518,6 @@ def run_no_reentrant(
 ) -> Any:
     """Run a region whose saved tensors come back by a rerun."""
     return RerunFrame(region, function, args, kwargs, owner).run_forward(args, kwargs)
+
+
+_torch.hide_from_compiler(RerunFrame.make_pack, RerunFrame._unpack, _Fill.make_pack)

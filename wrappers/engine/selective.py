@@ -11,6 +11,7 @@ backward, so a second one through the same region needs another forward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,18 +19,12 @@ from typing import Any
 import torch
 
 from wrappers import _device, _torch, _tree
-from wrappers.engine.region import ContextFn
-from wrappers.policy import (
-    SAC_IGNORED_OPS,
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    policy_from_bool,
-)
+from wrappers.policies import Policy, PolicyFn, as_policy, plain_function
+from wrappers.policy import KEPT, OFFLOADED, SAC_IGNORED_OPS, SelectiveCheckpointContext
 
-PolicyFn = Callable[..., Any]
-
-_OFFLOAD = frozenset({CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD})
-_KEEP = _OFFLOAD | {CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE}
+ContextFn = Callable[
+    [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
+]
 
 #: Stands for an output that has been handed out.
 _CONSUMED = object()
@@ -95,10 +90,26 @@ def _is_view(func: Any) -> bool:
 class _KeepMode(_torch.TorchDispatchMode):
     """Around the forward: asks the policy and keeps outputs."""
 
-    def __init__(self, policy: PolicyFn, cache: _Cache) -> None:
+    def __init__(
+        self,
+        policy: PolicyFn,
+        cache: _Cache,
+        note_unmatched: Callable[[Iterable[str]], None] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
         self._cache = cache
+        self._note_unmatched = note_unmatched
+        #: Of the policy. Python takes one that comes out of an operator like ``@`` for its own.
+        self._error: TypeError | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        policys_error, self._error = self._error, None
+        if policys_error is not None and error[0] is TypeError:
+            raise policys_error from None
+        if self._note_unmatched is not None and not self._cache.kept and error[0] is None:
+            self._note_unmatched(map(str, self._cache.counts))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -108,20 +119,17 @@ class _KeepMode(_torch.TorchDispatchMode):
         if func in SAC_IGNORED_OPS:
             return out
         context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
-        policy = self._policy(context, func, *args, **kwargs)
-        if isinstance(policy, bool):
-            policy = policy_from_bool(policy)
-        if not isinstance(policy, CheckpointPolicy):
-            raise TypeError(
-                f"the policy function must return a CheckpointPolicy or a bool; for {func} it "
-                f"returned {policy!r}"
-            )
+        try:
+            policy = self._policy(context, func, *args, **kwargs)
+        except TypeError as error:
+            self._error = error
+            raise
         counts = self._cache.counts
         index = counts.get(func, 0)
         counts[func] = index + 1
-        if policy in _KEEP and not _is_view(func):
+        if policy in KEPT and not _is_view(func):
             kept = self._cache.kept.setdefault(func, {})
-            kept[index] = _Kept(out, offload=policy in _OFFLOAD)
+            kept[index] = _Kept(out, offload=policy in OFFLOADED)
         return out
 
 
@@ -132,9 +140,10 @@ class _ReuseMode(_torch.TorchDispatchMode):
         allows_mutation: Whether what is handed out may have been changed in place.
     """
 
-    def __init__(self, cache: _Cache, allow_mutation: bool) -> None:
+    def __init__(self, cache: _Cache, allow_mutation: bool, *, is_consuming: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._is_consuming = is_consuming
         self.allows_mutation = allow_mutation
         self._counts: dict[Any, int] = {}
 
@@ -161,7 +170,8 @@ class _ReuseMode(_torch.TorchDispatchMode):
                 "whose kept outputs the first backward has used up. Run one backward only, or "
                 "use this region without a policy."
             )
-        kept[index] = _CONSUMED
+        if self._is_consuming:
+            kept[index] = _CONSUMED
         return entry.take(func, self.allows_mutation)
 
     def _require_called(self, func: Any, index: int) -> None:
@@ -197,58 +207,54 @@ def create_selective_checkpoint_contexts(
         ValueError: The list has an entry that is not an operator.
         TypeError: The argument is neither a list nor callable.
     """
-    policy = policy_function(policy_fn_or_list)
     cache = _Cache()
-    return _KeepMode(policy, cache), _ReuseMode(cache, allow_cache_entry_mutation)
+    keep = _KeepMode(as_policy(policy_fn_or_list).begin(), cache)
+    return keep, _ReuseMode(cache, allow_cache_entry_mutation)
 
 
-def policy_function(policy_fn_or_list: PolicyFn | list[Any]) -> PolicyFn:
-    """Turn a list of operators into a policy function; check and pass on a function."""
-    if isinstance(policy_fn_or_list, (list, tuple, set, frozenset)):
-        return functools.partial(_save_listed, frozenset(_operators(policy_fn_or_list)))
-    if not callable(policy_fn_or_list):
-        raise TypeError(
-            "a policy is a function policy(ctx, op, *args, **kwargs) or a list of operators, "
-            f"got {type(policy_fn_or_list).__name__}"
-        )
-    return policy_fn_or_list
+def contexts_of_policy(
+    policy: Policy,
+    allow_mutation: bool,
+    note_unmatched: Callable[[Iterable[str]], None] | None,
+) -> tuple[_KeepMode, _ReuseMode]:
+    """The contexts of a region that has a policy: what they keep serves any number of backwards.
 
-
-def _save_listed(
-    saved: frozenset[Any], ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
-) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _operators(listed: Iterable[Any]) -> Iterable[Any]:
-    for op in listed:
-        if isinstance(op, _torch.OpOverloadPacket):
-            yield from _torch.operator_overloads(op)
-        elif _torch.is_operator(op):
-            yield op
-        else:
-            raise ValueError(
-                f"a policy list holds operators such as torch.ops.aten.mm.default, got {op!r} of "
-                f"type {type(op).__name__}"
-            )
+    Args:
+        policy: The region's.
+        allow_mutation: Whether a kept output may be changed in place before it is used.
+        note_unmatched: Called with the names of all operators if the policy keeps none.
+    """
+    cache = _Cache()
+    keep = _KeepMode(policy.begin(), cache, note_unmatched)
+    return keep, _ReuseMode(cache, allow_mutation, is_consuming=False)
 
 
 def for_compiler(context_fn: ContextFn) -> ContextFn:
     """The same policy in torch's own contexts, which the compiler knows.
 
     Args:
-        context_fn: A context_fn made with :func:`create_selective_checkpoint_contexts` is
-            translated; any other is returned as it is.
+        context_fn: One made with :func:`create_selective_checkpoint_contexts` is translated; any
+            other is returned as it is.
     """
     if isinstance(context_fn, functools.partial) and (
         context_fn.func is create_selective_checkpoint_contexts
     ):
-        policy, *rest = context_fn.args or (context_fn.keywords["policy_fn_or_list"],)
-        rest_kwargs = {k: v for k, v in context_fn.keywords.items() if k != "policy_fn_or_list"}
+        options = dict(zip(("policy_fn_or_list", _ALLOW), context_fn.args, strict=False))
+        options.update(context_fn.keywords)
+        policy = options["policy_fn_or_list"]
+        return compiler_context_fn(policy, options.get(_ALLOW, False))
+    return context_fn
+
+
+_ALLOW = "allow_cache_entry_mutation"
+
+
+def compiler_context_fn(policy: Any, allow_mutation: bool) -> ContextFn:
+    """A policy in torch's own contexts."""
+    if not isinstance(policy, Policy):  # A compiler makes it, which can make no objects.
         return functools.partial(
             torch.utils.checkpoint.create_selective_checkpoint_contexts,
-            policy_function(policy),
-            *rest,
-            **rest_kwargs,
+            plain_function(policy),
+            allow_cache_entry_mutation=allow_mutation,
         )
-    return context_fn
+    return policy.mutating_compiler_context_fn if allow_mutation else policy.compiler_context_fn

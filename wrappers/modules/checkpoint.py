@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from wrappers import _torch
-from wrappers.engine.api import run_compiled, run_region
+from wrappers.engine.api import default_impl, run_compiled, run_region
 from wrappers.engine.region import Region
 from wrappers.modules.base import (
     ActivationWrapper,
@@ -36,7 +36,16 @@ __all__ = ["CheckpointForward", "CheckpointImpl", "CheckpointWrapper", "checkpoi
 _CheckpointFn = Callable[..., Any]
 
 _SETTINGS = frozenset(
-    {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+    {
+        "preserve_rng_state",
+        "context_fn",
+        "determinism_check",
+        "debug",
+        "early_stop",
+        "policy",
+        "verify",
+        "allow_cache_entry_mutation",
+    }
 )
 
 
@@ -59,7 +68,8 @@ class _Checkpointing:
         impl: CheckpointImpl | None,
         kwargs: dict[str, Any],
     ) -> None:
-        self.checkpoint_impl = _resolve_impl(checkpoint_impl, impl)
+        policy = None if checkpoint_fn is not None else kwargs.get("policy")
+        self.checkpoint_impl = _resolve_impl(checkpoint_impl, impl, policy)
         self.checkpoint_fn = None
         if checkpoint_fn is not None:
             self.checkpoint_fn = partial(checkpoint_fn, **kwargs)
@@ -107,7 +117,7 @@ class _Checkpointing:
 
 
 def _resolve_impl(
-    checkpoint_impl: CheckpointImpl | None, impl: CheckpointImpl | None
+    checkpoint_impl: CheckpointImpl | None, impl: CheckpointImpl | None, policy: Any
 ) -> CheckpointImpl:
     given = [CheckpointImpl(value) for value in (checkpoint_impl, impl) if value is not None]
     if len(set(given)) == 2:
@@ -115,7 +125,7 @@ def _resolve_impl(
             "checkpoint_impl and impl mean the same and contradict each other: "
             f"checkpoint_impl={given[0].name}, impl={given[1].name}; give one of them"
         )
-    return given[0] if given else CheckpointImpl.NO_REENTRANT
+    return given[0] if given else default_impl(policy)
 
 
 class CheckpointWrapper(ActivationWrapper, _Checkpointing):
