@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import warnings
 from functools import partial
 
 import pytest
@@ -14,11 +15,13 @@ import wrappers
 from wrappers import (
     CheckpointError,
     CheckpointImpl,
+    CheckpointPolicy,
     GraphExecGroup,
     InputChangedError,
     RecomputeMismatchError,
     checkpoint,
     checkpoint_sequential,
+    checkpoint_wrapper,
     create_selective_checkpoint_contexts,
     detach_variable,
     is_recomputing,
@@ -27,6 +30,8 @@ from wrappers import (
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 REENTRANT, NO_REENTRANT = CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT
+REPLAY = CheckpointImpl.REPLAY
+aten = torch.ops.aten
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -427,3 +432,260 @@ def test_every_error_of_a_region_is_a_runtime_error_with_its_name():
 def test_code_that_catches_torchs_error_of_this_name_is_not_lied_to():
     # Ours is not torch's class: an import from torch.utils.checkpoint stays torch's.
     assert CheckpointError is not torch.utils.checkpoint.CheckpointError
+
+
+# --- Policies; what the wrappers and both implementations make of them is in test_policies.py
+
+
+@pytest.mark.parametrize("answer", [None, 1, "save", torch.ones(2) > 0])
+def test_a_policy_that_returns_something_else(answer):
+    with raises(
+        TypeError,
+        "the policy function must return a CheckpointPolicy or a bool; for aten.sin.default it "
+        f"returned {answer!r}",
+    ):
+        checkpoint(region, leaf(2), policy=lambda ctx, op, *args, **kwargs: answer)
+
+
+class OwnError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OwnError, RuntimeError, TypeError, StopIteration])
+def test_the_exception_of_a_policy_is_the_users_own(kind):
+    def policy(ctx, op, *args, **kwargs):
+        raise kind("mine")
+
+    with raises(kind, "mine"):
+        checkpoint(region, leaf(2), policy=policy)
+
+
+@pytest.mark.parametrize("policy", [3, "mm", object(), {"mm": True}])
+def test_something_that_is_no_policy(policy):
+    text = (
+        "a policy is a function policy(ctx, op, *args, **kwargs), a preset of wrappers.policies, "
+        f"or a list of operators, got {type(policy).__name__}"
+    )
+    with raises(TypeError, text):
+        checkpoint(region, leaf(2), policy=policy)
+
+
+@pytest.mark.parametrize("entry", ["mm", 3, None, torch.mm, nn.Linear])
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+def test_a_policy_with_an_entry_that_is_not_an_operator(kind, entry):
+    text = (
+        "a policy list holds operators such as torch.ops.aten.mm.default, got "
+        f"{entry!r} of type {type(entry).__name__}"
+    )
+    with raises(ValueError, text):
+        checkpoint(region, leaf(2), policy=kind([entry]))
+
+
+@pytest.mark.parametrize("option", [{"use_reentrant": True}, {"impl": REENTRANT}])
+@pytest.mark.parametrize("policy", [[aten.sin], lambda ctx, op, *args, **kwargs: True])
+def test_a_policy_under_reentrant(option, policy):
+    with raises(
+        ValueError,
+        "policy: not possible with CheckpointImpl.REENTRANT (use_reentrant=True), which saves "
+        "nothing in forward that could be compared or kept. Use CheckpointImpl.NO_REENTRANT "
+        "(use_reentrant=False).",
+    ):
+        checkpoint(region, leaf(2), policy=policy, **option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"policy": [aten.sin]},
+        {"policy": [aten.sin], "use_reentrant": False},
+        {"policy": [aten.sin], "impl": REPLAY},
+        {"impl": REPLAY},
+    ],
+)
+def test_a_context_fn_beside_a_policy_or_for_replay(option):
+    context_fn = partial(create_selective_checkpoint_contexts, [aten.sin.default])
+    with raises(
+        ValueError,
+        "context_fn cannot be combined with policy or CheckpointImpl.REPLAY: give the policy of "
+        "create_selective_checkpoint_contexts as policy=..., or use CheckpointImpl.NO_REENTRANT "
+        "without policy.",
+    ):
+        checkpoint(region, leaf(2), context_fn=context_fn, **option)
+
+
+@pytest.mark.parametrize("impl", list(CheckpointImpl))
+@pytest.mark.parametrize("verify", ["sometimes", "", None, True, "FIRST"])
+def test_an_unknown_verify(verify, impl):
+    text = f"verify must be one of ['first', 'always', 'never'], got {verify!r}"
+    with raises(ValueError, text):
+        checkpoint(region, leaf(2), verify=verify, impl=impl)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_use_reentrant_says_that_it_is_not_replay(use_reentrant):
+    meant = REENTRANT if use_reentrant else NO_REENTRANT
+    text = (
+        f"use_reentrant={use_reentrant} means {meant.name}, but impl=REPLAY was given too. Give "
+        "one of the two."
+    )
+    with raises(ValueError, text):
+        checkpoint(region, leaf(2), use_reentrant=use_reentrant, impl=REPLAY)
+
+
+def test_a_policy_that_offloads_where_there_is_no_accelerator():
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_CPU_OFFLOAD
+
+    model = nn.Sequential(nn.Tanh(), nn.Sigmoid())
+    wrappers.apply_activation_checkpointing(
+        model, check_fn=lambda module: module is not model, policy=policy
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(leaf(2)).sum().backward()
+    assert [(warning.category, str(warning.message)) for warning in said] == [
+        (
+            UserWarning,
+            f"region `{fqn}`: the policy moves outputs to the host that are there already; they "
+            "are kept as they are",
+        )
+        for fqn in ("0", "1")
+    ]
+
+
+# --- Changes after the forward of a region that is replayed
+
+
+class Scale(nn.Module):
+    """Product, buffer and constant: everything that a replay reads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+        self.products: list[torch.Tensor] = []
+
+    def forward(self, x, mask=1):
+        product = self.linear(x)
+        self.products.append(product.detach())  # The memory and version of what a policy keeps.
+        return ((product * mask).sin() * self.scale).cos()
+
+
+def replayed(**options) -> nn.Module:
+    model = nn.Sequential(nn.Identity(), Scale())
+    wrappers.apply_activation_checkpointing(
+        model, check_fn=lambda module: type(module) is Scale, impl=REPLAY, **options
+    )
+    return model
+
+
+def gradients(module, *inputs):
+    module.zero_grad()
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    module(*inputs).sum().backward()
+    return [t.grad for t in [*inputs, *module.parameters()]]
+
+
+def assert_the_next_step_is_right(model, *inputs) -> None:
+    """On REPLAY, and with the gradients of the same module without a region."""
+    plain = wrappers.modules.base.unwrap(model[1])
+    for _ in range(2):
+        for got, expected in zip(
+            gradients(model[1], *inputs), gradients(plain, *inputs), strict=True
+        ):
+            assert torch.equal(got, expected)
+    assert wrappers.region_report(model)["1"].impl is REPLAY
+
+
+@pytest.mark.parametrize("verify", ["first", "always", "never"])
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("linear.weight", "parameter `linear.weight`"),
+        ("scale", "buffer `scale`"),
+    ],
+)
+def test_a_parameter_or_buffer_changed_before_a_replay(name, named, has_run, verify):
+    model = replayed(verify=verify)
+    if has_run:
+        gradients(model, leaf(2, 3))
+    out = model(leaf(2, 3)).sum()
+    with torch.no_grad():
+        model[1].state_dict(keep_vars=True)[name].add_(1)
+    with pytest.raises(InputChangedError) as caught:
+        out.backward()
+    assert type(caught.value) is InputChangedError
+    assert str(caught.value).startswith(
+        f"region `1`: {named} was changed in place between forward and backward, so a recompute "
+        "would use other values than the forward did."
+    )
+    assert (caught.value.fqn, caught.value.tensor) == ("1", named)
+    assert_the_next_step_is_right(model, leaf(2, 3))
+
+
+@pytest.mark.parametrize("verify", ["first", "always", "never"])
+@pytest.mark.parametrize("has_run", [False, True])
+def test_an_input_changed_before_a_replay(has_run, verify):
+    model = replayed(verify=verify)
+    if has_run:
+        gradients(model[1], leaf(2, 3), leaf(2, 3, seed=1))
+    mask = torch.ones(2, 3)
+    out = model[1](leaf(2, 3), mask).sum()
+    mask.zero_()
+    with pytest.raises(InputChangedError) as caught:
+        out.backward()
+    assert type(caught.value) is InputChangedError
+    assert str(caught.value).startswith(
+        "region `1`: argument 1 was changed in place between "
+        "forward and backward, so a recompute would use other values than the forward did."
+    )
+    assert caught.value.fqn == "1"
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert_the_next_step_is_right(model, leaf(2, 3), leaf(2, 3, seed=1))
+
+
+def test_what_a_replay_does_not_read_may_change():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module = checkpoint_wrapper(model, impl=REPLAY)
+    x = leaf(2, 3)
+    out = module(x).sum()
+    with torch.no_grad():
+        model[1].bias.add_(1)  # Nothing that backward needs depends on it.
+    out.backward()
+    expected = model[1].weight.detach().sum(0).expand(2, 3) @ model[0].weight.detach()
+    assert torch.allclose(x.grad, expected)
+
+
+@pytest.mark.parametrize("verify", ["first", "never"])
+def test_a_kept_output_changed_before_a_replay(verify):
+    model = replayed(policy=[aten.addmm], verify=verify)
+    gradients(model, leaf(2, 3))
+    out = model(leaf(2, 3)).sum()
+    model[1].products[-1].add_(1)
+    with pytest.raises(CheckpointError) as caught:
+        out.backward()
+    assert type(caught.value) is CheckpointError
+    assert str(caught.value).startswith(
+        "region `1`: the output of aten.addmm.default that the policy keeps was changed in place "
+        "before backward. Let the policy recompute this operator, change a copy, or pass "
+        "allow_cache_entry_mutation=True if the change is meant to be seen."
+    )
+    assert caught.value.fqn == "1"
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert_the_next_step_is_right(model, leaf(2, 3))
+
+
+def test_a_kept_output_may_be_changed_if_this_is_said():
+    model = replayed(policy=[aten.addmm], allow_cache_entry_mutation=True)
+    assert_the_next_step_is_right(model, leaf(2, 3))
+    x = leaf(2, 3)
+    out = model(x).sum()
+    model[1].products[-1].add_(1)
+    out.backward()
+    module = wrappers.modules.base.unwrap(model[1])
+    changed = (module.linear(x) + 1).detach()
+    gradient = -(changed.sin() * 2).sin() * 2 * changed.cos()
+    assert torch.equal(x.grad, gradient @ module.linear.weight.detach())
+    assert_the_next_step_is_right(model, leaf(2, 3))

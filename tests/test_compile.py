@@ -143,6 +143,7 @@ def test_selective_policy_reaches_the_compiler(blocks, policy):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:region .* is rerun from now on")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_code_inside_an_eager_region(blocks, impl):
     x = torch.randn(4, 16, requires_grad=True)

@@ -52,9 +52,13 @@ OWN_NAMES = [
     "AmbientHandle",
     "ApplyReport",
     "InputChangedError",
+    "Policy",
     "RecomputeMismatchError",
+    "RegionReport",
+    "RegionRow",
     "WrapperError",
     "is_recomputing",
+    "region_report",
     "register_ambient",
     "remove_activation_checkpointing",
 ]
@@ -132,7 +136,7 @@ def test_shared_objects_are_torchs_own():
 
 
 def test_members_of_the_implementations():
-    assert list(wrappers.CheckpointImpl.__members__) == ["REENTRANT", "NO_REENTRANT"]
+    assert list(wrappers.CheckpointImpl.__members__) == ["REENTRANT", "NO_REENTRANT", "REPLAY"]
     assert issubclass(wrappers.CheckpointImpl, enum.Enum)
 
 

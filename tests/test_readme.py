@@ -16,7 +16,7 @@ RESULTS = [
 README = (ROOT / "README.md").read_text()
 
 
-def result(benchmark: str, **fields: str) -> dict:
+def result(benchmark: str, **fields: object) -> dict:
     """The newest result of a benchmark for one case."""
     wanted = {"benchmark": benchmark, **fields}.items()
     return [row for row in RESULTS if wanted <= row.items()][-1]
@@ -36,6 +36,33 @@ def test_overhead(name, case):
     torchs, ours = output[f"theirs_{case}_us"], output[f"ours_{case}_us"]
     ratios = f"**{output[f'{case}_ratio']:.2f}**, {input[f'{case}_ratio']:.2f}"
     assert f"| overhead, {name} | {torchs:.0f} us | {ours:.0f} us: {ratios} |" in README
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "against"),
+    [("`impl=REPLAY`", "replay", "no_reentrant"), ("`policy=`, on REPLAY", "policy", "selective")],
+)
+def test_overhead_of_replay(name, case, against):
+    output, input = (result("engine_overhead", region=region) for region in ("output", "input"))
+    torchs, ours = output[f"theirs_{against}_us"], output[f"ours_{case}_us"]
+    ratios = f"**{output[f'{case}_ratio']:.2f}**, {input[f'{case}_ratio']:.2f}"
+    assert f"| overhead, {name} | {torchs:.0f} us | {ours:.0f} us: {ratios} |" in README
+
+
+@pytest.mark.parametrize("d_model", [128, 512])
+def test_blocks_that_keep_their_matmuls(d_model):
+    row = result("policy_blocks", d_model=d_model)
+    torchs, ours = (row[f"{whose}_us"] / 1e3 for whose in ("theirs", "ours"))
+    what = f"6 transformer blocks of width {d_model} that keep their matmuls"
+    assert (
+        f"| step of {what} | {torchs:.0f} ms | {ours:.0f} ms: **{row['time_ratio']:.2f}** |"
+        in README
+    )
+    torchs, ours = (row[f"{whose}_bytes"] / 2**20 for whose in ("theirs", "ours"))
+    assert (
+        f"| peak of {what} | {torchs:.1f} MiB | {ours:.1f} MiB: **{row['peak_ratio']:.2f}** |"
+        in README
+    )
 
 
 @pytest.mark.parametrize("impl", ["reentrant", "no_reentrant"])
