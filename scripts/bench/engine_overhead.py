@@ -16,6 +16,8 @@ for the first.
     no_rng            the same with preserve_rng_state=False            0.35
     reentrant         REENTRANT against use_reentrant=True              0.50
     selective         context_fn pair that saves sin, against torch's   0.60
+    policy            REPLAY with policy=[sin], against the same of torch  0.22
+    replay            REPLAY against use_reentrant=False                0.60
     debug             debug=True against our own no_reentrant           4.00
 """
 
@@ -75,6 +77,8 @@ def measure(function: Any) -> dict[str, float]:
             theirs.checkpoint, use_reentrant=False, context_fn=selective(theirs)
         ),
         "ours_selective": step(ours.checkpoint, use_reentrant=False, context_fn=selective(ours)),
+        "ours_policy": step(ours.checkpoint, policy=SAVED),
+        "ours_replay": step(ours.checkpoint, impl=ours.CheckpointImpl.REPLAY),
         "ours_debug": step(ours.checkpoint, use_reentrant=False, debug=True),
     }
     medians = harness.interleave(cases, rounds=ROUNDS, batch=BATCH)
@@ -84,6 +88,8 @@ def measure(function: Any) -> dict[str, float]:
         f"{case}_ratio": overhead[f"ours_{case}"] / overhead[f"theirs_{case}"]
         for case in ("no_reentrant", "no_rng", "reentrant", "selective")
     }
+    ratios["policy_ratio"] = overhead["ours_policy"] / overhead["theirs_selective"]
+    ratios["replay_ratio"] = overhead["ours_replay"] / overhead["theirs_no_reentrant"]
     ratios["debug_ratio"] = overhead["ours_debug"] / overhead["ours_no_reentrant"]
     microseconds = {f"{name}_us": us for name, us in overhead.items()}
     return {key: round(value, 3) for key, value in {**ratios, **microseconds}.items()}
