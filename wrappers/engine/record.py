@@ -31,7 +31,8 @@ it should rather be rerun in its next forwards:
 * a version counter has moved without a write that was seen;
 * a tensor was made inside the region by nobody.
 
-What shows in none of them is found by the check of a region's first replay.
+What shows in none of them is found by the check of a region's first replay, if it can be made: not
+where a rerun would change tensors from outside once more.
 """
 
 from __future__ import annotations

@@ -32,11 +32,11 @@ needs nothing else: its nodes unpack the same slots again.
 A region's first replay is compared with a rerun, bit by bit, where two reruns agree
 themselves (``verify="first"``). If it differs, backward gets the rerun's tensors, and the
 region falls back: it is rerun from then on. It also falls back as soon as the recorder has
-seen something that it cannot follow; then the forward at hand is right all the same, as what
-was not understood is held.
+seen something that it cannot follow; in the forward at hand, what was not understood is held.
 
 A fallback changes what a region saves, and a region around it that reruns expects the same again.
-So a rerun sees the fallbacks of the time of its forward (``Frame.as_of``).
+So a forward sees no fallback that happens while it runs, and a rerun those before its forward
+(``Frame.as_of``).
 """
 
 from __future__ import annotations
@@ -608,9 +608,9 @@ class ReplayFrame:
             return self._unpack_held(packed)
         try:
             value: Tensor = packed.value
+            del packed.value
         except AttributeError:
             return self._recompute(packed)
-        del packed.value
         return value
 
     def _recompute(self, slot: _Slot) -> Tensor:
