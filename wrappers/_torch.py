@@ -522,7 +522,7 @@ def hide_from_compiler(*functions: Callable[..., Any] | type) -> None:
 
 class RecordingMode(TorchDispatchMode):
     """A dispatch mode whose handler the compiler needs no protection from: it runs no code of
-    the user's, and a wrapper around it would cost a fifth of its time.
+    the user's, and torch's wrapper around it would cost time in every operator.
 
     It is entered once. So it does not need the lists of flags that torch's class keeps for nested
     entries of one object, and sets the three flags itself.

@@ -51,8 +51,8 @@ REPLAY executes recorded operators instead of the function, under the same rules
 
 Files, each importing only those above it: ``ambient`` and ``module_state`` (what a recompute
 must see again), ``verify`` (did it do the same), ``selective`` (the context_fn pair), ``region``
-(settings), ``frame`` (one forward execution), ``rerun`` and ``reentrant`` (two implementations),
-``witness`` (is a replay right), ``holders`` (what keeps a tensor until backward), ``operators``
+(settings), ``frame`` (one forward execution), ``holders`` (what keeps a tensor until backward),
+``rerun`` and ``reentrant`` (two implementations), ``witness`` (is a replay right), ``operators``
 (what an operator does to memory), ``record`` (the operators of a forward), ``replay`` (the third
 implementation), ``api`` (what users call).
 """

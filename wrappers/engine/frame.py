@@ -113,16 +113,15 @@ def module_of(function: Any, owner: nn.Module | None) -> nn.Module | None:
 
 
 def _state_of(function: Any, owner: nn.Module | None) -> ModuleState | None:
-    """The state of the module that a call uses: the function itself, or a bound method's."""
-    if owner is not None:
-        return ModuleState(owner)
+    """The state of the module that a call uses."""
+    module = module_of(function, owner)
+    if module is None:
+        return None
     function = without_partials(function)
-    if isinstance(function, nn.Module):
-        return ModuleState(function)
-    bound_to = getattr(function, "__self__", None)
-    if isinstance(bound_to, nn.Module):
-        return ModuleState(bound_to, is_whole=getattr(function, "__name__", "") in WHOLE_CALLS)
-    return None
+    is_whole = owner is not None or function is module
+    return ModuleState(
+        module, is_whole=is_whole or getattr(function, "__name__", "") in WHOLE_CALLS
+    )
 
 
 class StopRerun(BaseException):

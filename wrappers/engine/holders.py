@@ -30,7 +30,10 @@ class Holder(Protocol):
 
 
 class Held:
-    """A tensor from outside of the region, while no region surrounds this one."""
+    """A tensor from outside of a region while no hooks are active around it.
+
+    All that a SavedTensor is then, and cheaper.
+    """
 
     __slots__ = ("__weakref__", "tensor", "version")
 

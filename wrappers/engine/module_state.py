@@ -332,14 +332,7 @@ class ModuleState:
 
     def name_of(self, tensor: Tensor) -> str:
         """Name a tensor that is, or is a view of, a parameter or buffer; else return ``""``."""
-        for kind, named in (
-            ("parameter", self.module.named_parameters()),
-            ("buffer", self.module.named_buffers()),
-        ):
-            for name, candidate in named:
-                if _torch.is_same_storage(tensor, candidate):
-                    return f"{kind} `{name}`"
-        return ""
+        return name_in(self.module, tensor)
 
     def _lost(self, buffer: _Buffer, fqn: str) -> InputChangedError:
         name = self.name_of(buffer.tensor) or f"buffer `{buffer.name}`"
@@ -361,6 +354,18 @@ class ModuleState:
             fqn=fqn,
             tensor=name,
         )
+
+
+def name_in(module: nn.Module, tensor: Tensor) -> str:
+    """Name a tensor that shares memory with a module's parameter or buffer; else ``""``."""
+    for kind, named in (
+        ("parameter", module.named_parameters()),
+        ("buffer", module.named_buffers()),
+    ):
+        for name, candidate in named:
+            if _torch.is_same_storage(tensor, candidate):
+                return f"{kind} `{name}`"
+    return ""
 
 
 class _ReadGuard(_torch.TorchDispatchMode):

@@ -223,7 +223,7 @@ class Recorder(_torch.RecordingMode):
                 if entry is not None and entry[0]() is arg and entry[2] == arg._version:
                     values.append(entry[1])
                 elif type(arg) is Parameter:
-                    values.append(self._value_of(arg))
+                    values.append(self.value_of(arg))
                 elif type(arg) not in _CONSTANTS and not _is_constant(arg):
                     return self._dispatch_otherwise(rule, args, kwargs or {})
         except RuntimeError:  # born in inference mode, so without a version
@@ -292,7 +292,7 @@ class Recorder(_torch.RecordingMode):
         tensors, build = _tree.flatten_call(args, kwargs)
         written = facts.written(args, kwargs) if facts.writes else []
         values = [self._value_read(facts, tensor, written) for tensor in tensors]
-        held_roots = [t for t in written if self._root(self._value_of(t)) in self.held]
+        held_roots = [t for t in written if self._root(self.value_of(t)) in self.held]
         for tensor in held_roots:
             self._save_old_value(tensor)
         if facts.is_random:
@@ -445,23 +445,23 @@ class Recorder(_torch.RecordingMode):
                 if version and facts.is_detach:
                     version = _ANY
                 only = base if facts.may_alias else None
-                return self._root(self._value_of(base)), None if only is not None else version, only
+                return self._root(self.value_of(base)), None if only is not None else version, only
         if facts.may_alias:
             for result in _tree.flatten(out)[0]:
                 for tensor in tensors:
                     if result is not tensor and _torch.is_same_storage(result, tensor):
-                        return self._root(self._value_of(tensor)), None, tensor
+                        return self._root(self.value_of(tensor)), None, tensor
         return -1, None, None
 
     def _run_in_place_collective(self, facts: Operator, args: Any, kwargs: Any) -> Any:
         """Run a collective that writes into its arguments: the replay finds what it has left."""
         tensors = _tree.flatten((args, kwargs))[0]
         for tensor in tensors:
-            self._value_of(tensor)
+            self.value_of(tensor)
             self._save_old_value(tensor)
         out = facts.call(*args, **kwargs)
         for tensor in tensors:
-            for other in self._sharing(self._root(self._value_of(tensor))):
+            for other in self._sharing(self._root(self.value_of(tensor))):
                 self._make_stale(other)
         return out
 
@@ -474,18 +474,18 @@ class Recorder(_torch.RecordingMode):
         """The value of an operator's argument."""
         is_only_written = not facts.reads_what_it_writes and any(t is tensor for t in written)
         if facts.is_view or is_only_written:
-            return self._value_of(tensor)
+            return self.value_of(tensor)
         return self.value_read(tensor)
 
     def value_read(self, tensor: Tensor) -> int:
         """The value of a tensor that an operator, or autograd, is about to read."""
-        value = self._value_of(tensor)
+        value = self.value_of(tensor)
         if self._blank and self._blank.get(id(tensor), (None, -1))[1] == value:
             self.note_blank()
             return self._adopt(tensor)
         return value
 
-    def _value_of(self, tensor: Tensor) -> int:
+    def value_of(self, tensor: Tensor) -> int:
         """The value of a tensor, whatever it is."""
         entry = self.known.get(id(tensor)) or self._blank.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
@@ -578,17 +578,13 @@ class Recorder(_torch.RecordingMode):
                         and other.is_conj() == tensor.is_conj()
                         and other.is_neg() == tensor.is_neg()
                     )
-                    return self._value_of(other) if is_alike else None
+                    return self.value_of(other) if is_alike else None
         return None
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether a tensor is memory that no operator has written yet."""
         entry = self._blank.get(id(tensor))
         return entry is not None and entry[0]() is tensor
-
-    def value_of(self, tensor: Tensor) -> int:
-        """The value of a tensor, which may be memory that nobody has written yet."""
-        return self._value_of(tensor)
 
     def note_blank(self) -> None:
         """Note that memory is read that no operator has written."""
@@ -665,8 +661,8 @@ class Recorder(_torch.RecordingMode):
 
     def _save_old_value(self, tensor: Tensor) -> None:
         """Copy a held value that is about to be overwritten, if an operator has read it."""
-        root = self._root(self._value_of(tensor))
-        roots = {root, *(self._root(self._value_of(other)) for other in self._sharing(root))}
+        root = self._root(self.value_of(tensor))
+        roots = {root, *(self._root(self.value_of(other)) for other in self._sharing(root))}
         read = {self._root(value) for recorded in self.operators for value in recorded[1]}
         if not roots & read:
             return

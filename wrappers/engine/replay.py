@@ -72,6 +72,7 @@ from wrappers.engine.holders import (
     Unchecked,
     num_bytes,
 )
+from wrappers.engine.module_state import name_in
 from wrappers.engine.operators import Operator
 from wrappers.engine.record import HOLE, Recorder, Rules
 from wrappers.engine.region import Region, RegionStats
@@ -122,7 +123,6 @@ class ReplayFrame:
         "_made",
         "_needed",
         "_num_inputs",
-        "_num_planned",
         "_operators",
         "_owner",
         "_pack",
@@ -152,7 +152,6 @@ class ReplayFrame:
         #: The pack hook, while it is pushed.
         self._pack: Callable[[Tensor], Any] | None = None
         self._lock = RLock()
-        self._num_planned = -1
         self._is_at_once = False
         #: Slots of memory that nobody had written when it was saved, and what it is.
         self._blank_slots: list[tuple[_Slot, Tensor]] = []
@@ -244,9 +243,8 @@ class ReplayFrame:
         return self._hide(tensor)
 
     def _hide(self, tensor: Tensor) -> Holder:
-        if (
-            not self._is_hidden or tensor.is_inference()
-        ):  # Autograd refuses to save it, and nothing else could hide it.
+        # Autograd refuses to save what was born in inference mode, and nothing else could hide it.
+        if not self._is_hidden or tensor.is_inference():
             return Held(tensor)
         if self._pack is None:
             return Hidden(tensor)
@@ -493,7 +491,6 @@ class ReplayFrame:
         operators, held, made = self._operators, self._held, self._made
         writes, roots = self._writes, self._roots
         num = len(operators)
-        self._num_planned = num
         self._base_uses = uses = [0] * len(made)
         self._waiting = waiting = {}  # type: dict[int, list[weakref.ref[_Slot]]]
         forced = bytearray(num)
@@ -555,7 +552,7 @@ class ReplayFrame:
         return depends
 
     def _begin_round(self) -> None:
-        self._done = bytearray(self._num_planned)
+        self._done = bytearray(len(self._operators))
         self._uses = self._base_uses.copy()
         #: By value: the tensor, from its making to its last use.
         self._live: list[Tensor | None] = [None] * len(self._base_uses)
@@ -752,8 +749,6 @@ class ReplayFrame:
         facts, _, constants, kwargs, _ = self._operators[position]
         if position in self._random_states or position in self._scratch:
             return self._run_specially(position, tensors)
-        if constants is None and not kwargs:
-            return facts.call(*tensors)
         return _call(facts, constants, kwargs, tensors)
 
     def _execute(self, positions: list[int]) -> None:
@@ -841,7 +836,7 @@ class ReplayFrame:
             differing = witness.differing([seen for _, seen in checked], self._own_generators())
         except InputChangedError:
             return  # It says nothing about replays.
-        except Exception as error:
+        except Exception as error:  # of the user's code: what cannot run twice cannot be compared
             region.note_verified(f"a rerun differs from the forward: {error}")
             return
         wrong = [(slot, seen) for slot, seen in checked if seen in differing]
@@ -915,13 +910,9 @@ class ReplayFrame:
     def _name_of(self, holder: Holder) -> str:
         tensor = getattr(holder, "tensor", None)
         if self._owner is not None and tensor is not None:
-            for kind, named in (
-                ("parameter", self._owner.named_parameters()),
-                ("buffer", self._owner.named_buffers()),
-            ):
-                for name, candidate in named:
-                    if _torch.is_same_storage(candidate, tensor):
-                        return f"{kind} `{name}`"
+            name = name_in(self._owner, tensor)
+            if name:
+                return name
         for value, other in self._held.items():
             if other is holder and value < self._num_inputs:
                 return f"argument {value}"
@@ -977,21 +968,14 @@ def _reason_against(function: Function, module: nn.Module | None) -> str:
     if module is None:
         return ""
     fsdp_types = _torch.fsdp_types()
+    # A region around a module's forward alone leaves the module's hooks outside.
+    outside = None if function is module else module
     for inside in module.modules():
-        if (
-            fsdp_types
-            and isinstance(inside, fsdp_types)
-            and inside is not _outside(function, module)
-        ):
+        if fsdp_types and isinstance(inside, fsdp_types) and inside is not outside:
             return _FSDP_INSIDE
         if _torch.is_compiled(inside):
             return "compiled code inside runs without operators that could be recorded"
     return ""
-
-
-def _outside(function: Function, module: nn.Module) -> nn.Module | None:
-    """The module whose hooks are outside of a region around its forward alone."""
-    return None if function is module else module
 
 
 def run_replay(

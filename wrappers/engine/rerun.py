@@ -51,6 +51,7 @@ from wrappers.engine.frame import (
     enter_forward,
     leave_forward,
 )
+from wrappers.engine.holders import Held
 from wrappers.engine.region import Region, noop_context_fn
 from wrappers.errors import CheckpointError, InputChangedError, RecomputeMismatchError
 
@@ -65,29 +66,9 @@ class Slot:
     version: int
 
 
-class PlainInput:
-    """An input while no hooks are active: all that a SavedTensor is then, and cheaper."""
-
-    __slots__ = ("_tensor", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._version = _torch.version(tensor)
-
-    def unpack(self) -> Tensor:
-        """Give the tensor back; raise RuntimeError if it was changed in place since."""
-        version = _torch.version(self._tensor)
-        if version != self._version:
-            raise RuntimeError(
-                "a variable needed for the recompute has been modified by an inplace operation: "
-                f"it is at version {version}, expected {self._version}"
-            )
-        return self._tensor
-
-
 def _save(tensor: Tensor) -> _torch.SavedTensor:
     # Autograd refuses to save what was born in inference mode, and nothing else could hide it.
-    return PlainInput(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
+    return Held(tensor) if tensor.is_inference() else _torch.make_saved_tensor(tensor)
 
 
 def _unpack_in_rerun(packed: Any) -> Tensor:
@@ -149,7 +130,7 @@ class RerunFrame(Frame):
             self._input_versions = [_torch.version(tensor) for tensor in self.tensors]
         tensors = self.take_tensors()
         if inputs is None:
-            inputs = list(map(_save, tensors)) if is_hidden else list(map(PlainInput, tensors))
+            inputs = list(map(_save, tensors)) if is_hidden else list(map(Held, tensors))
         self._inputs = inputs
         self._describe = verify.DETERMINISM_CHECKS[region.determinism_check]
         self._early_stop = region.is_early_stop
