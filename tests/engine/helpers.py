@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,3 +109,40 @@ def shown(expression: str, line: str) -> str:
 def live_slots(frame: RerunFrame) -> int:
     """How many of a frame's slots are still in some graph."""
     return sum(ref() is not None for ref in frame.slots)
+
+
+def live_objects() -> tuple[int, int]:
+    """Numbers of tensors and of all objects that the collector knows."""
+    objects = gc.get_objects()
+    return sum(issubclass(type(o), Tensor) for o in objects), len(objects)
+
+
+def counts_of_training(
+    blocks: nn.ModuleList, run: Callable[..., Tensor], data: Tensor, num_steps: int
+) -> list[tuple[int, int]]:
+    """Train blocks that are called by ``run(block, x)``; the live objects after each step."""
+    optimizer = torch.optim.SGD(blocks.parameters(), lr=0.1)
+    counts = []
+    for _ in range(num_steps):
+        x = data
+        for block in blocks:
+            x = run(block, x)
+        x.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del x
+        counts.append(live_objects())
+    return counts
+
+
+def spy_on_frames(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[weakref.ref[Any]]:
+    """Weak references to the frames of a kind that are made from now on, in order."""
+    made: list[weakref.ref[Any]] = []
+    original = kind.__init__  # type: ignore[misc]
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(kind, "__init__", spy)
+    return made

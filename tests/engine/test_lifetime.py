@@ -24,10 +24,13 @@ from tests.engine.helpers import (
     REENTRANT,
     Calls,
     assert_equal,
+    counts_of_training,
     gradients,
     leaf,
     live_frames,
+    live_objects,
     live_slots,
+    spy_on_frames,
     watch,
 )
 from wrappers import CheckpointError, GraphExecGroup, checkpoint, is_recomputing
@@ -50,15 +53,7 @@ def _without_collector():
 @pytest.fixture
 def frames(monkeypatch):
     """Weak references to the frames that the test makes, in order."""
-    made = []
-    original = Frame.__init__
-
-    def spy(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(Frame, "__init__", spy)
-    return made
+    return spy_on_frames(monkeypatch, Frame)
 
 
 def region(x, w=None):
@@ -239,19 +234,12 @@ def test_row_13_arguments_of_an_inner_region_are_freed_in_forward(outer, inner, 
 # --- Row 29: nothing grows --------------------------------------------------------------
 
 
-def live_objects():
-    """Numbers of tensors and of all objects that the collector knows."""
-    objects = gc.get_objects()
-    return sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects)
-
-
 @both
 @each_stop
 @pytest.mark.parametrize("depth", [1, 2])
 def test_row_29_nothing_grows_over_20_steps(impl, early_stop, depth):
     torch.manual_seed(0)
     model = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = leaf(8, 4).detach()
 
     def run(block, x):
@@ -259,16 +247,7 @@ def test_row_29_nothing_grows_over_20_steps(impl, early_stop, depth):
             block = partial(checkpoint, block, impl=impl, early_stop=early_stop)
         return block(x)
 
-    counts = []
-    for _ in range(20):
-        x = data
-        for block in model:
-            x = run(block, x)
-        x.square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        del x
-        counts.append(live_objects())
+    counts = counts_of_training(model, run, data, 20)
     warm = counts[5:]
     assert [tensors for tensors, _ in warm] == [warm[0][0]] * len(warm)
     # The list of counts itself grows by one tuple a step.

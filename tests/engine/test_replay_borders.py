@@ -9,7 +9,6 @@ it says so once.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
-from tests.engine.helpers import Calls, assert_equal, copies, leaf, watch
+from tests.engine.helpers import Calls, assert_equal, copies, leaf, spy_on_frames, watch
 from wrappers import CheckpointImpl, _knobs, checkpoint, checkpoint_wrapper
 from wrappers.engine import api
 from wrappers.engine.api import run_region
@@ -81,15 +80,7 @@ def ops():
 @pytest.fixture
 def frames(monkeypatch):
     """Weak references to the frames that the test makes, in order."""
-    made = []
-    original = ReplayFrame.__init__
-
-    def spy(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(ReplayFrame, "__init__", spy)
-    return made
+    return spy_on_frames(monkeypatch, ReplayFrame)
 
 
 class Run:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engine.helpers import NO_REENTRANT, REENTRANT, assert_equal, gradients, leaf, watch
+from tests.engine.helpers import (
+    NO_REENTRANT,
+    REENTRANT,
+    assert_equal,
+    counts_of_training,
+    gradients,
+    leaf,
+    live_objects,
+    spy_on_frames,
+    watch,
+)
 from wrappers import CheckpointError, CheckpointImpl, CheckpointPolicy, checkpoint
 from wrappers.engine.replay import ReplayFrame
 from wrappers.policies import save_every_other_matmul, save_matmuls
@@ -53,15 +63,7 @@ def _as_for_large_tensors(monkeypatch):
 @pytest.fixture
 def frames(monkeypatch):
     """Weak references to the frames that the test makes, in order."""
-    made = []
-    original = ReplayFrame.__init__
-
-    def spy(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(ReplayFrame, "__init__", spy)
-    return made
+    return spy_on_frames(monkeypatch, ReplayFrame)
 
 
 class Results(TorchDispatchMode):
@@ -623,12 +625,6 @@ def test_no_garbage_for_the_collector():
 # --- Nothing grows ------------------------------------------------------------------------------
 
 
-def live_objects():
-    """Numbers of tensors and of all objects that the collector knows."""
-    objects = gc.get_objects()
-    return sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects)
-
-
 def model() -> nn.ModuleList:
     torch.manual_seed(0)
     return nn.ModuleList(
@@ -650,7 +646,6 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_nothing_grows_over_50_steps(name, depth):
     blocks = model()
-    optimizer = torch.optim.SGD(blocks.parameters(), lr=0.1)
     data = leaf(4, 8).detach()
     options = {"impl": REPLAY, **OPTIONS[name]}
 
@@ -659,16 +654,7 @@ def test_nothing_grows_over_50_steps(name, depth):
             block = partial(checkpoint, block, **options)
         return block(x)
 
-    counts = []
-    for _ in range(50):
-        x = data
-        for block in blocks:
-            x = run(block, x)
-        x.square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        del x
-        counts.append(live_objects())
+    counts = counts_of_training(blocks, run, data, 50)
     warm = counts[10:]
     assert [tensors for tensors, _ in warm] == [warm[0][0]] * len(warm)
     # The list of counts itself grows by one tuple a step.
