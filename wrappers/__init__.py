@@ -23,6 +23,7 @@ from wrappers.engine.selective import create_selective_checkpoint_contexts
 from wrappers.errors import (
     CheckpointError,
     InputChangedError,
+    OffloadError,
     RecomputeMismatchError,
     WrapperError,
 )
@@ -33,6 +34,8 @@ from wrappers.modules import (
     checkpoint_wrapper,
     offload_wrapper,
 )
+from wrappers.offload.stats import OffloadStats, TierStats
+from wrappers.offload.store import offload_stats
 from wrappers.policies import Policy
 from wrappers.policy import (
     SAC_IGNORED_OPS,
@@ -55,12 +58,15 @@ __all__ = [
     "DefaultDeviceType",
     "GraphExecGroup",
     "InputChangedError",
+    "OffloadError",
+    "OffloadStats",
     "OffloadWrapper",
     "Policy",
     "RecomputeMismatchError",
     "RegionReport",
     "RegionRow",
     "SelectiveCheckpointContext",
+    "TierStats",
     "WrapperError",
     "apply_activation_checkpointing",
     "check_backward_validity",
@@ -72,6 +78,7 @@ __all__ = [
     "get_device_states",
     "is_recomputing",
     "noop_context_fn",
+    "offload_stats",
     "offload_wrapper",
     "region_report",
     "register_ambient",

@@ -7,13 +7,14 @@ initialises a device that was not in use before.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wrappers import _tree
+from wrappers import _torch, _tree
 
 __all__ = ["DefaultDeviceType", "get_device_states", "set_device_states"]
 
@@ -50,6 +51,11 @@ class DefaultDeviceType:
 def is_host(tensor: Tensor) -> bool:
     """Whether a tensor's memory is the host's or nowhere, so that there is nothing to offload."""
     return tensor.is_cpu or tensor.is_meta
+
+
+def is_in_host_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is the host's."""
+    return tensor.is_cpu
 
 
 def rng_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
@@ -126,3 +132,76 @@ def set_device_states(
         return
     for index, state in zip(devices, states, strict=False):
         set_rng_state(torch.device(kind, index), state)
+
+
+# --- Streams and events of an accelerator, and host memory that it can reach
+
+
+def accelerator_tensors_exist() -> bool:
+    """Whether tensors can lie on an accelerator in this process."""
+    return torch.accelerator.is_available()
+
+
+def is_on_accelerator(tensor: Tensor) -> bool:
+    """Whether a tensor lies in an accelerator's own memory, from which streams copy."""
+    return not (tensor.is_cpu or tensor.is_meta or tensor.is_mps)
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """The stream on which the calling thread computes."""
+    return torch.accelerator.current_stream(device)
+
+
+def new_stream(device: torch.device) -> torch.Stream:
+    """A stream of its own."""
+    return torch.Stream(device)
+
+
+def record_event(stream: torch.Stream, *, is_timed: bool = False) -> torch.Event:
+    """An event that is done once everything queued on a stream so far is done."""
+    event = torch.Event(stream.device, enable_timing=is_timed)
+    event.record(stream)
+    return event
+
+
+def copy_on_stream(target: Tensor, source: Tensor, stream: torch.Stream) -> None:
+    """Queue a copy; does not block where the host's side is pinned."""
+    with stream:
+        target.copy_(source, non_blocking=True)
+
+
+def empty_on_stream(nbytes: int, device: torch.device, stream: torch.Stream) -> Tensor:
+    """Bytes on a device. Their memory is reused in the order of ``stream``."""
+    with stream:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def use_on_stream(tensor: Tensor, stream: torch.Stream) -> None:
+    """Let a tensor's memory not be reused before what ``stream`` has queued until its death."""
+    tensor.record_stream(stream)
+
+
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make an accelerator's device the calling thread's current one; a new thread has the first."""
+    if device.type in _WITHOUT_RNG:
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def is_capturing() -> bool:
+    """Whether what the current stream runs goes into a graph, in which nothing may be asked."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def release_pinned() -> None:
+    """Give pinned memory that torch keeps for later back to the machine."""
+    _torch.empty_host_cache()
+
+
+def empty_pinned(nbytes: int) -> Tensor:
+    """Bytes of pinned host memory.
+
+    Raises:
+        RuntimeError: There is none left.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -25,8 +25,33 @@ DEBUG_PRINTED_OPERATORS = 40
 #: A region that releases no more than this is replayed at once, and not part by part.
 REPLAY_AT_ONCE_BYTES = 256 * 1024
 
-#: Saved tensors smaller than this stay on the device when their region is offloaded.
+#: Saved tensors whose memory is smaller than this stay on the device in an offloaded region.
 OFFLOAD_MIN_BYTES = 64 * 1024
+
+#: Pinned host memory is allocated in pieces of at least this size.
+OFFLOAD_SLAB_BYTES = 64 * 1024 * 1024
+
+#: Pinned host memory that offloading may take at most, and at most so much of what the machine, or
+#: the process's cgroup, has left when the first tensor is offloaded.
+OFFLOAD_PINNED_BYTES = 1 << 42
+OFFLOAD_PINNED_PERCENT = 50
+
+#: The same for pageable memory, which is used when there is no pinned memory left.
+OFFLOAD_PAGEABLE_BYTES = 1 << 42
+OFFLOAD_PAGEABLE_PERCENT = 25
+
+#: Bytes that may be on their way in each direction, in device memory, or twice the largest tensor's
+#: if that is more; a region can say otherwise.
+OFFLOAD_INFLIGHT_BYTES = 256 * 1024 * 1024
+
+#: Copies that may be on their way out.
+OFFLOAD_INFLIGHT_COPIES = 1024
+
+#: Threads that write files, and as many that read them.
+OFFLOAD_DISK_THREADS = 2
+
+#: Pinned memory through which an accelerator's tensors go to files and come back.
+OFFLOAD_STAGING_BYTES = 1024 * 1024 * 1024
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from wrappers.modules.checkpoint import (
     checkpoint_wrapper,
     is_checkpointed,
 )
-from wrappers.modules.offload import OffloadWrapper, is_offloaded, offload_wrapper
+from wrappers.modules.offload import OffloadForward, OffloadWrapper, is_offloaded, offload_wrapper
 from wrappers.policy import CheckpointImpl
 from wrappers.select import ModuleTest, as_predicate
 
@@ -302,6 +302,10 @@ def apply_activation_checkpointing(
     )
 
 
+#: Faces that say the FQN in errors and warnings.
+_NAMED = (CheckpointWrapper, CheckpointForward, OffloadWrapper, OffloadForward)
+
+
 def _put(tree: _Tree, module: nn.Module, wrapper: object) -> None:
     """Put a wrapper into every place of a module and tell it the FQN."""
     if not isinstance(wrapper, nn.Module):
@@ -310,7 +314,7 @@ def _put(tree: _Tree, module: nn.Module, wrapper: object) -> None:
         for parent, name in tree.places[module]:
             setattr(parent, name, wrapper)
     for face in (*wrapper_layers(wrapper), *in_place_layers(plain_module(wrapper))):
-        if isinstance(face, (CheckpointWrapper, CheckpointForward)) and not face.region_fqn:
+        if isinstance(face, _NAMED) and not face.region_fqn:
             face.region_fqn = tree.names[module]
 
 

@@ -74,3 +74,27 @@ class InputChangedError(CheckpointError):
     def __init__(self, message: str, *, fqn: str = "", tensor: str = "") -> None:
         super().__init__(message, fqn=fqn)
         self.tensor = tensor
+
+
+class OffloadError(WrapperError):
+    """An offloaded tensor could not be brought back as it was.
+
+    Attributes:
+        cause: What happened to it.
+        tier: Where it was: ``"host"`` or ``"disk"``.
+        num_bytes: Its size.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fqn: str = "",
+        cause: str = "",
+        tier: str = "",
+        num_bytes: int = 0,
+    ) -> None:
+        super().__init__(message, fqn=fqn)
+        self.cause = cause
+        self.tier = tier
+        self.num_bytes = num_bytes

@@ -434,9 +434,9 @@ def offload_larger_than(num_bytes: int) -> Policy:
     """Move operators' outputs to the host where they take more than some bytes.
 
     Alone it moves what a block would keep without checkpointing, and recomputes the small rest;
-    ``offload_larger_than(n) | save_matmuls()`` keeps matrix products on the device. Copies are made
-    at once, on the device's current stream. On a machine without an accelerator the outputs
-    stay where they are.
+    ``offload_larger_than(n) | save_matmuls()`` keeps matrix products on the device. Copies begin
+    as soon as the operator has run, on streams of their own, as those of ``offload_wrapper``. On a
+    machine without an accelerator the outputs stay where they are.
 
     Args:
         num_bytes: Limit in bytes; all outputs of one operator together.

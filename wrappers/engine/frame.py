@@ -58,6 +58,14 @@ def is_recomputing() -> bool:
     return _this_thread.depth > 0
 
 
+def is_in_region() -> bool:
+    """Whether the calling code runs in a region, in its forward or in a rerun of it.
+
+    False in the forward of a REENTRANT region, where no graph is made.
+    """
+    return _this_thread.as_of is not None
+
+
 def enter_recompute() -> None:
     """From now on this thread recomputes."""
     _this_thread.depth += 1

@@ -8,9 +8,9 @@ Else autograd keeps it, under the hooks of the region around, which so hides it 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from wrappers import _torch
@@ -90,16 +90,16 @@ class KeptElsewhere:
 
     Attributes:
         name: The operator's.
-        device: Where the result belongs, if it has been moved to the host.
+        is_offloaded: Whether it is on the host.
         num_uses: How many unpacks share one copy back.
     """
 
-    __slots__ = ("__weakref__", "_copy", "_holder", "_num_left", "device", "name", "num_uses")
+    __slots__ = ("__weakref__", "_copy", "_holder", "_num_left", "is_offloaded", "name", "num_uses")
 
-    def __init__(self, holder: Holder, name: str, device: torch.device | None) -> None:
+    def __init__(self, holder: Holder, name: str, *, is_offloaded: bool = False) -> None:
         self._holder = holder
         self.name = name
-        self.device = device
+        self.is_offloaded = is_offloaded
         self.num_uses = 0
         self._num_left = 0
         self._copy: Tensor | None = None
@@ -111,16 +111,35 @@ class KeptElsewhere:
 
     def unpack(self) -> Tensor:
         """Give the tensor back, on the device where it belongs."""
-        if self.device is None:
+        if not self.is_offloaded:
             return self._holder.unpack()
         if self._copy is None:
-            self._copy = self._holder.unpack().to(self.device)
+            self._copy = self._holder.unpack()
             self._num_left = self.num_uses
         copy = self._copy
         self._num_left -= 1
         if self._num_left <= 0:
             self._copy = None
         return copy
+
+
+#: Offloads the results of one forward call: gives a holder, or None if a result is to stay.
+Offloader = Callable[[Tensor], Holder | None]
+
+
+def _offloads_nothing(fqn: str, key: Hashable) -> Offloader | None:
+    return None
+
+
+#: Makes the offloader of a forward call, from the region's name and what tells it from others;
+#: None where there is no device to offload from. The rooms meet in ``modules``.
+make_offloader: Callable[[str, Hashable], Offloader | None] = _offloads_nothing
+
+
+def connect_offloading(make: Callable[[str, Hashable], Offloader | None]) -> None:
+    """Say how results are offloaded that a policy wants on the host."""
+    global make_offloader
+    make_offloader = make
 
 
 class Owned:
@@ -139,6 +158,11 @@ class Owned:
     def place(self) -> _torch.Place | None:
         """Where in its memory the tensor lies."""
         return self.holder.place
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether all the slots have gone, and the output with them."""
+        return self._reference() is None
 
     @property
     def holder(self) -> Holder:

@@ -15,6 +15,7 @@ from typing import Any
 
 from wrappers.engine.selective import ContextFn, contexts_of_policy
 from wrappers.engine.verify import DETERMINISM_CHECKS
+from wrappers.errors import OffloadError
 from wrappers.policies import Policy, as_policy
 from wrappers.policy import CheckpointImpl
 
@@ -246,7 +247,7 @@ class Region:
         if self.policy is not None and self.impl is CheckpointImpl.NO_REENTRANT:
             note = self.note_unmatched if self.policy.expects_match else None
             self.context_fn = functools.partial(
-                contexts_of_policy, self.policy, allow_cache_entry_mutation, note
+                contexts_of_policy, self, allow_cache_entry_mutation, note
             )
 
     def _refuse_what_needs_hooks(self) -> None:
@@ -371,6 +372,14 @@ class Region:
             "offload",
             f"region `{self.fqn}`: the policy moves outputs to the host that are there already; "
             "they are kept as they are",
+        )
+
+    def warn_not_back(self, error: OffloadError) -> None:
+        """Say once that an offloaded output was computed again, as it did not come back."""
+        self.experience.warn_once(
+            "not_back",
+            f"region `{self.fqn}`: an offloaded output did not come back and was computed again. "
+            f"The cause: {error.cause}.",
         )
 
     def __repr__(self) -> str:

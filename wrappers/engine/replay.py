@@ -51,6 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from wrappers import _device, _knobs, _torch, _tree
+from wrappers.engine import holders
 from wrappers.engine.ambient import Undo, enter_kernels, leave
 from wrappers.engine.frame import (
     Function,
@@ -78,7 +79,7 @@ from wrappers.engine.record import HOLE, Recorder, Rules
 from wrappers.engine.region import Region, RegionStats
 from wrappers.engine.rerun import run_no_reentrant
 from wrappers.engine.witness import Witness, WitnessFrame, set_random_state
-from wrappers.errors import CheckpointError, InputChangedError
+from wrappers.errors import CheckpointError, InputChangedError, OffloadError
 
 
 class _Slot:
@@ -123,6 +124,7 @@ class ReplayFrame:
         "_made",
         "_needed",
         "_num_inputs",
+        "_offloader",
         "_operators",
         "_owner",
         "_pack",
@@ -152,6 +154,7 @@ class ReplayFrame:
         #: The pack hook, while it is pushed.
         self._pack: Callable[[Tensor], Any] | None = None
         self._lock = RLock()
+        self._offloader: holders.Offloader | None = None
         self._is_at_once = False
         #: Slots of memory that nobody had written when it was saved, and what it is.
         self._blank_slots: list[tuple[_Slot, Tensor]] = []
@@ -185,9 +188,9 @@ class ReplayFrame:
         pack = self._make_pack(recorder)
         saved_bytes: dict[int, int] | None = None
         if is_witnessed:
-            holders = [self._held[value] for value in inputs]
+            held_inputs = [self._held[value] for value in inputs]
             witness = WitnessFrame(
-                region.for_witness(), function, args, kwargs, self._owner, inputs=holders
+                region.for_witness(), function, args, kwargs, self._owner, inputs=held_inputs
             )
             self._witness = witness
             pack = self._make_witnessed_pack(pack, witness.make_pack())
@@ -258,17 +261,23 @@ class ReplayFrame:
 
     def _keep(self, tensor: Tensor, facts: Operator, offload: bool) -> Holder:
         """Keep what an operator has just returned."""
-        device = None
-        if offload:
-            if _device.is_host(tensor):
-                self.region.warn_nothing_to_offload()
-            elif _torch.is_dense(tensor):
-                device = tensor.device
-                tensor = tensor.to("cpu")
+        # Else the region around brings it back; or changes are to be seen.
+        if offload and not (self._is_hidden or self.region.allow_cache_entry_mutation):
+            holder = self._offload(tensor)
+            if holder is not None:
                 self.stats.num_offloaded += 1
-        if device is None and self.region.allow_cache_entry_mutation:
+                return KeptElsewhere(holder, facts.name, is_offloaded=True)
+        if self.region.allow_cache_entry_mutation:
             return Unchecked(tensor)
-        return KeptElsewhere(self._hide(tensor), facts.name, device)
+        return KeptElsewhere(self._hide(tensor), facts.name)
+
+    def _offload(self, tensor: Tensor) -> Holder | None:
+        if self._offloader is None:
+            self._offloader = holders.make_offloader(self.fqn, id(self.region))
+        holder = self._offloader(tensor) if self._offloader is not None else None
+        if holder is None and (self._offloader is None or _device.is_host(tensor)):
+            self.region.warn_nothing_to_offload()
+        return holder
 
     def _make_pack(self, recorder: Recorder) -> Callable[[Tensor], Any]:
         """The pack hook. See [Note: hooks are closures] in :mod:`wrappers.engine.rerun`."""
@@ -322,7 +331,7 @@ class ReplayFrame:
         """What the graph keeps of a held value: its holder, which it so may outlive."""
         self._recorder.saved.add(value)
         holder = self._held[value]
-        if isinstance(holder, KeptElsewhere) and holder.device is not None:
+        if isinstance(holder, KeptElsewhere) and holder.is_offloaded:
             holder.num_uses += 1
         elif self._is_hidden:
             # One of its own, as each unpack asks the region around this one for it.
@@ -383,7 +392,9 @@ class ReplayFrame:
         stats.num_operators = len(self._operators)
         experience.stats = stats
         measured = experience.measured
-        is_simple = not (self._writes or has_held_slots or recorder.written_outside)
+        is_simple = not (
+            self._writes or has_held_slots or recorder.written_outside or stats.num_offloaded
+        )
         if is_simple and measured is not None and self._is_small(measured):
             # It is replayed at once, so there is nothing to plan and little to let go.
             self._is_at_once = True
@@ -438,6 +449,9 @@ class ReplayFrame:
                 if v not in kept and self._made[v] >= 0 and self._is_repeatable(v)
             ]
         for value in [v for v in held if not uses[v] and v not in self._waiting]:
+            # What offloaded outputs were computed from stays, in case one does not come back.
+            if stats.num_offloaded and (self._made[value] < 0 or value in recorder.saved):
+                continue
             del held[value]
         if stats.num_offloaded:
             for value in kept:
@@ -683,11 +697,53 @@ class ReplayFrame:
             holder = holder.holder
         try:
             return holder.unpack()
+        except OffloadError as error:
+            return self._rebuild(holder, error)
         except RuntimeError as error:
             explained = self._explain(holder, error)
             if explained is error:
                 raise
             raise explained from error
+
+    def _rebuild(self, holder: Holder, error: OffloadError) -> Tensor:
+        """Compute an offloaded output again that did not come back; raise if that is impossible."""
+        wanted = [v for v, h in self._held.items() if h is holder or _is_owned(h, holder)]
+        positions = self._ancestors(wanted)
+        if not positions:
+            raise error
+        results: dict[int, Tensor] = {}
+        with self._lock, _Replaying(self._kernels):
+            for position in sorted(positions):
+                values, made = self._operators[position][1], self._operators[position][4]
+                tensors = [
+                    results[v] if v in results else self._unpack_held(self._held[v]) for v in values
+                ]
+                out = self._run(position, tensors)
+                made = (made,) if type(made) is int else made
+                results.update(zip(made, _tree.flatten(out)[0], strict=True))
+        self.stats.num_replayed += len(positions)
+        self.region.warn_not_back(error)
+        return results[wanted[0]]
+
+    def _ancestors(self, wanted: list[int]) -> set[int] | None:
+        """The operators from what is held to some values; None if they cannot be run again."""
+        positions: set[int] = set()
+        values = list(wanted)
+        while values:
+            value = values.pop()
+            position = self._made[value]
+            if position < 0 or self._roots.get(value, value) in self._writes:
+                return None  # It is gone, or is not what it was.
+            if self._operators[position][0].is_collective:
+                return None  # The other ranks would not join.
+            if position not in positions:
+                positions.add(position)
+                values += [v for v in self._operators[position][1] if not self._is_there(v)]
+        return positions
+
+    def _is_there(self, value: int) -> bool:
+        holder = self._held.get(value)
+        return holder is not None and not (type(holder) is Owned and holder.is_gone)
 
     def _execute_at_once(self) -> None:
         """Fill all slots that are alive and empty; for a region whose bytes do not matter."""
@@ -888,7 +944,10 @@ class ReplayFrame:
 
     def _explain(self, holder: Holder, error: RuntimeError) -> RuntimeError:
         """Turn autograd's complaint about a version into an error that names the tensor."""
-        if isinstance(error, CheckpointError) or "inplace" not in str(error):
+        is_away = isinstance(holder, KeptElsewhere) and holder.is_offloaded
+        if not (is_away and isinstance(error, InputChangedError)) and (
+            isinstance(error, CheckpointError) or "inplace" not in str(error)
+        ):
             return error
         if isinstance(holder, (Kept, KeptElsewhere)):
             return CheckpointError(
@@ -918,6 +977,10 @@ class ReplayFrame:
                 return f"argument {value}"
         size = "" if tensor is None else f" of shape {tuple(tensor.shape)}"
         return f"a tensor{size} that the region reads"
+
+
+def _is_owned(holder: Holder, by_slots: Holder) -> bool:
+    return type(holder) is Owned and not holder.is_gone and holder.holder is by_slots
 
 
 def _call(

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from wrappers import _device, _torch, _tree
+from wrappers import _torch, _tree
+from wrappers.engine import holders
+from wrappers.engine.holders import Holder, Offloader
+from wrappers.errors import InputChangedError, OffloadError
 from wrappers.policies import Policy, PolicyFn, as_policy, plain_function
 from wrappers.policy import KEPT, OFFLOADED, SAC_IGNORED_OPS, SelectiveCheckpointContext
 
@@ -33,31 +38,45 @@ _CONSUMED = object()
 class _Kept:
     """An operator's output, kept, with the versions that its tensors had."""
 
-    __slots__ = ("_build", "_devices", "_tensors", "_versions")
+    __slots__ = ("_build", "_held", "_versions")
 
-    def __init__(self, out: Any, *, offload: bool) -> None:
+    def __init__(self, out: Any, offload: Offloader | None) -> None:
         tensors, self._build = _tree.flatten(out)
-        # Detached: a view must not look like one, and the graph must not keep itself alive.
-        self._tensors = [_torch.detach_shallow(tensor) for tensor in tensors]
+        #: Of each tensor: the holder where it is offloaded, else the tensor.
+        self._held: list[Holder | Tensor] = []
+        for tensor in tensors:
+            holder = offload(tensor) if offload is not None else None
+            # Detached: a view must not look like one, and the graph must not keep itself alive.
+            self._held.append(_torch.detach_shallow(tensor) if holder is None else holder)
         self._versions = [tensor._version for tensor in tensors]
-        self._devices: list[torch.device] | None = None
-        if offload and not all(map(_device.is_host, tensors)):
-            self._devices = [tensor.device for tensor in tensors]
-            self._tensors = [t.to("cpu") for t in self._tensors]
 
     def take(self, func: Any, allow_mutation: bool) -> Any:
-        tensors = self._tensors
-        if self._devices is not None:
-            tensors = [t.to(d) for t, d in zip(tensors, self._devices, strict=True)]
-        elif not allow_mutation:
-            for tensor, version in zip(tensors, self._versions, strict=True):
-                if tensor._version != version:
-                    raise RuntimeError(
-                        f"the output of {func} that the policy keeps was changed in place after "
-                        "it was kept. Let the policy recompute this operator, or pass "
-                        "allow_cache_entry_mutation=True if the change is meant to be seen."
-                    )
+        """Give the output back.
+
+        Raises:
+            RuntimeError: It was changed in place.
+            OffloadError: It was offloaded and does not come back.
+        """
+        tensors = []
+        for held, version in zip(self._held, self._versions, strict=True):
+            if isinstance(held, Tensor):
+                if held._version != version and not allow_mutation:
+                    raise _changed(func)
+                tensors.append(held)
+            else:
+                try:
+                    tensors.append(held.unpack())
+                except InputChangedError as error:
+                    raise _changed(func) from error
         return self._build(tensors)
+
+
+def _changed(func: Any) -> RuntimeError:
+    return RuntimeError(
+        f"the output of {func} that the policy keeps was changed in place after it was kept. Let "
+        "the policy recompute this operator, or pass allow_cache_entry_mutation=True if the change "
+        "is meant to be seen."
+    )
 
 
 class _Cache:
@@ -68,11 +87,22 @@ class _Cache:
         kept: By operator, and by which of its calls it was.
     """
 
-    __slots__ = ("counts", "kept")
+    __slots__ = ("_has_warned", "counts", "kept")
 
     def __init__(self) -> None:
+        self._has_warned = False
         self.counts: dict[Any, int] = {}
         self.kept: dict[Any, dict[int, Any]] = {}
+
+    def warn_not_back(self, error: OffloadError) -> None:
+        """Say once that an offloaded output was computed again, as it did not come back."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"region `{error.fqn}`: an offloaded output did not come back and was computed "
+                f"again. The cause: {error.cause}.",
+                stacklevel=2,
+            )
 
 
 @functools.cache
@@ -95,9 +125,15 @@ class _KeepMode(_torch.TorchDispatchMode):
         policy: PolicyFn,
         cache: _Cache,
         note_unmatched: Callable[[Iterable[str]], None] | None = None,
+        *,
+        fqn: str = "a function",
+        allow_mutation: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
+        self._fqn = fqn
+        self._allows_mutation = allow_mutation
+        self._offloader: Offloader | None = None
         self._cache = cache
         self._note_unmatched = note_unmatched
         #: Of the policy. Python takes one that comes out of an operator like ``@`` for its own.
@@ -129,8 +165,15 @@ class _KeepMode(_torch.TorchDispatchMode):
         counts[func] = index + 1
         if policy in KEPT and not _is_view(func):
             kept = self._cache.kept.setdefault(func, {})
-            kept[index] = _Kept(out, offload=policy in OFFLOADED)
+            # What has left the device does not see a change that is meant to be seen.
+            offloads = policy in OFFLOADED and not self._allows_mutation
+            kept[index] = _Kept(out, self._get_offloader() if offloads else None)
         return out
+
+    def _get_offloader(self) -> Offloader | None:
+        if self._offloader is None:
+            self._offloader = holders.make_offloader(self._fqn, self._fqn)
+        return self._offloader
 
 
 class _ReuseMode(_torch.TorchDispatchMode):
@@ -172,7 +215,13 @@ class _ReuseMode(_torch.TorchDispatchMode):
             )
         if self._is_consuming:
             kept[index] = _CONSUMED
-        return entry.take(func, self.allows_mutation)
+        try:
+            return entry.take(func, self.allows_mutation)
+        except OffloadError as error:
+            if _torch.is_collective(func) or torch.Tag.nondeterministic_seeded in func.tags:
+                raise  # Other ranks would not join; and other numbers would be drawn.
+            self._cache.warn_not_back(error)
+            return func(*args, **kwargs) if kwargs else func(*args)
 
     def _require_called(self, func: Any, index: int) -> None:
         if index >= self._cache.counts[func]:
@@ -201,31 +250,46 @@ def create_selective_checkpoint_contexts(
 
     Returns:
         The context for the forward and the one for the recompute. ``*_CPU_OFFLOAD`` moves
-        outputs that lie on an accelerator to host memory and back, synchronously.
+        outputs that lie on an accelerator to host memory and back, beside the compute.
 
     Raises:
         ValueError: The list has an entry that is not an operator.
         TypeError: The argument is neither a list nor callable.
     """
     cache = _Cache()
-    keep = _KeepMode(as_policy(policy_fn_or_list).begin(), cache)
+    keep = _KeepMode(
+        as_policy(policy_fn_or_list).begin(), cache, allow_mutation=allow_cache_entry_mutation
+    )
     return keep, _ReuseMode(cache, allow_cache_entry_mutation)
 
 
+class HasPolicy(Protocol):
+    """A region, as far as this file knows it."""
+
+    policy: Any
+    fqn: str
+
+
 def contexts_of_policy(
-    policy: Policy,
+    region: HasPolicy,
     allow_mutation: bool,
     note_unmatched: Callable[[Iterable[str]], None] | None,
 ) -> tuple[_KeepMode, _ReuseMode]:
     """The contexts of a region that has a policy: what they keep serves any number of backwards.
 
     Args:
-        policy: The region's.
+        region: The region.
         allow_mutation: Whether a kept output may be changed in place before it is used.
         note_unmatched: Called with the names of all operators if the policy keeps none.
     """
     cache = _Cache()
-    keep = _KeepMode(policy.begin(), cache, note_unmatched)
+    keep = _KeepMode(
+        region.policy.begin(),
+        cache,
+        note_unmatched,
+        fqn=region.fqn,
+        allow_mutation=allow_mutation,
+    )
     return keep, _ReuseMode(cache, allow_mutation, is_consuming=False)
 
 

@@ -1,77 +1,79 @@
-"""Saved-tensor hooks that keep activations on the host between forward and backward.
+"""Saved-tensor hooks that let activations wait for backward away from their device.
 
 The unit that moves is a storage, not a tensor. Autograd saves ``x``, ``x.t()`` and three slices
 of ``x`` as five tensors; copied one by one they would take five times the memory, and a key made
 of pointer and shape would confuse ``x`` with ``x.t()`` or with a later tensor at the same
 address. So a storage is copied as bytes, once, and each saved tensor remembers its own dtype,
 sizes, strides and offset in it. The graph held the whole storage before, so this never takes
-more memory on the host than it sets free on the device.
+more memory elsewhere than it sets free on the device.
 
-Invariant: a storage is looked up by a weak reference to it together with its version. The weak
-reference keeps its address from being used again, and the version tells a copy from before a
-change in place from one after it.
+What stays: parameters, buffers and their views, and arguments of the region that have no graph (a
+batch, a mask, rotary tables), as somebody else keeps them anyway; small tensors; tensors whose
+sizes and strides do not say all (subclasses, sparse, conjugated ones).
 
-The hooks of one forward call are one :class:`HostOffload`. It dies with the call; the host copies
-belong to the graph.
+The hooks of one forward call are one :class:`OffloadHooks`. It dies with the call; what is away
+belongs to the graph.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from wrappers import _device, _torch
 from wrappers._torch import SavedTensor
 from wrappers.errors import InputChangedError
+from wrappers.offload.scheduler import Group
+from wrappers.offload.store import (
+    Claim,
+    OffloadSettings,
+    Store,
+    begin_group,
+    enter_group,
+    store_for,
+)
 
-__all__ = ["HostOffload", "offload_saved_tensors"]
-
-
-class _HostCopy:
-    """The bytes of one storage on the host."""
-
-    __slots__ = ("bytes", "device")
-
-    def __init__(self, storage: torch.UntypedStorage, *, pin_memory: bool) -> None:
-        self.device = storage.device
-        source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-        self.bytes = torch.empty(
-            source.shape, dtype=torch.uint8, device="cpu", pin_memory=pin_memory
-        )
-        self.bytes.copy_(source)
-
-    def load(self) -> torch.UntypedStorage:
-        """Copy the bytes back into a new storage on their device."""
-        target = torch.empty(self.bytes.shape, dtype=torch.uint8, device=self.device)
-        return target.copy_(self.bytes, non_blocking=True).untyped_storage()
+__all__ = ["OffloadHooks", "result_offloader"]
 
 
 class _Moved:
-    """A saved tensor whose storage is on the host: how the tensor lies in it."""
+    """A saved tensor whose storage is away: how the tensor lies in it."""
 
-    __slots__ = ("copy", "dtype", "offset", "size", "stride", "version")
+    __slots__ = ("claim", "dtype", "group", "offset", "settings", "size", "stride", "version")
 
-    def __init__(self, tensor: Tensor, copy: _HostCopy) -> None:
-        self.copy = copy
+    def __init__(
+        self, tensor: Tensor, claim: Claim, group: Group, settings: OffloadSettings
+    ) -> None:
+        self.claim = claim
+        self.group = group
+        self.settings = settings
         self.dtype = tensor.dtype
-        self.offset = tensor.storage_offset()
+        self.offset = int(tensor.storage_offset())
         self.size = tensor.size()
         self.stride = tensor.stride()
         self.version = tensor._version
 
+    @property
+    def place(self) -> _torch.Place:
+        """Where in its memory the tensor lies."""
+        return _torch.Place(self.dtype, self.size, self.stride, self.offset, False, False)
+
     def unpack(self) -> Tensor:
-        empty = torch.empty(0, dtype=self.dtype, device=self.copy.device)
-        tensor = empty.set_(self.copy.load(), self.offset, self.size, self.stride)
+        """Give an equal tensor back, on the device."""
+        offloaded = self.claim.offloaded
+        with _torch.disable_dispatch_modes():
+            storage = offloaded.store.take(offloaded, self.group, self.settings)
+            empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+            tensor = empty.set_(storage, self.offset, self.size, self.stride)
         # A region that reads the tensor in a recompute compares versions with its forward's.
         _torch.set_version(tensor, self.version)
         return tensor
 
 
-class _Kept:
+class _KeptHere:
     """A saved tensor that stays where it is.
 
     Autograd does not look for changes in place behind hooks, so this object does.
@@ -84,6 +86,7 @@ class _Kept:
         self.version = tensor._version
 
     def unpack(self) -> Tensor:
+        """Give the tensor back."""
         if self.tensor._version != self.version:
             raise InputChangedError(
                 f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in "
@@ -94,31 +97,77 @@ class _Kept:
         return self.tensor
 
 
-class HostOffload:
-    """Pack and unpack hooks for one forward call.
+class _Stays(_KeptHere):
+    """A saved tensor that stays because backward wants it soon; its use tells where backward is."""
+
+    __slots__ = ("group", "settings")
+
+    def __init__(self, tensor: Tensor, group: Group, settings: OffloadSettings) -> None:
+        super().__init__(tensor)
+        self.group = group
+        self.settings = settings
+
+    def unpack(self) -> Tensor:
+        """Give the tensor back."""
+        with _torch.disable_dispatch_modes():
+            enter_group(self.group, self.settings)
+        return super().unpack()
+
+
+class OffloadHooks:
+    """Pack and unpack hooks for one forward call, as a context.
 
     Args:
-        min_bytes: Tensors of fewer bytes stay.
-        pin_memory: Whether host copies lie in pinned memory, where there is an accelerator.
+        store: Where tensors go.
+        settings: The region's.
+        key: Says which region it is; the schedule learns by it.
+        fqn: Name of the region.
+        module: Its parameters and buffers stay.
+        arguments: Tensors that the region was called with.
     """
 
-    def __init__(self, *, min_bytes: int, pin_memory: bool) -> None:
-        self._min_bytes = min_bytes
-        self._pin_memory = pin_memory and torch.accelerator.is_available()
-        self._copies: dict[tuple[StorageWeakRef, int], _HostCopy] = {}
+    def __init__(
+        self,
+        store: Store,
+        settings: OffloadSettings,
+        *,
+        key: Hashable = None,
+        fqn: str = "",
+        module: nn.Module | None = None,
+        arguments: Iterable[Tensor] = (),
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._key = key
+        self._fqn = fqn
+        self._module = module
+        self._arguments = [tensor for tensor in arguments if tensor.is_leaf]
+        self._group: Group | None = None
+        self._staying: set[int] | None = None
 
-    def pack(self, tensor: Tensor) -> _Moved | _Kept | SavedTensor:
-        """Move a tensor to the host, or keep it."""
-        if _device.is_host(tensor):
+    def __enter__(self) -> None:
+        _torch.push_saved_tensors_hooks(self.pack, self.unpack)
+
+    def __exit__(self, *error: object) -> None:
+        _torch.pop_saved_tensors_hooks()
+
+    def pack(self, tensor: Tensor) -> _Moved | _KeptHere | SavedTensor:
+        """Send a tensor away, or keep it."""
+        store, settings = self._store, self._settings
+        if not store.tier.takes(tensor):
             return self._pass_on(tensor)
-        if self._should_stay(tensor):
-            return _Kept(tensor)
-        storage = tensor.untyped_storage()
-        key = (StorageWeakRef(storage), tensor._version)
-        copy = self._copies.get(key)
-        if copy is None:
-            copy = self._copies[key] = _HostCopy(storage, pin_memory=self._pin_memory)
-        return _Moved(tensor, copy)
+        with _torch.disable_dispatch_modes():
+            if self._should_stay(tensor):
+                return _KeptHere(tensor)
+            group = self._group
+            if group is None:
+                group = self._group = begin_group(
+                    self._key, self._fqn, keep_last=settings.keep_last
+                )
+            claim = store.put(_without_graph(tensor), group, settings)
+            if claim is None:
+                return _Stays(tensor, group, settings)
+            return _Moved(tensor, claim, group, settings)
 
     def _pass_on(self, tensor: Tensor) -> SavedTensor:
         """Save a tensor as if these hooks were not there: an enclosing region may want it."""
@@ -131,12 +180,24 @@ class HostOffload:
     def _should_stay(self, tensor: Tensor) -> bool:
         return (
             not _is_plain(tensor)
-            or tensor.nbytes < self._min_bytes
+            or _torch.storage_bytes(tensor) < self._settings.least_bytes
             or isinstance(tensor._base, nn.Parameter)
+            or (tensor.is_leaf and tensor.requires_grad)
+            or _torch.storage_key(tensor) in self._staying_storages()
         )
 
+    def _staying_storages(self) -> set[int]:
+        """Storages of what somebody else keeps for as long as the graph lives."""
+        if self._staying is None:
+            kept = list(self._arguments)
+            if self._module is not None:
+                kept += [*self._module.parameters(), *self._module.buffers()]
+            keys = (_torch.storage_key(tensor) for tensor in kept)
+            self._staying = {key for key in keys if key is not None}
+        return self._staying
+
     @staticmethod
-    def unpack(packed: _Moved | _Kept | SavedTensor) -> Tensor:
+    def unpack(packed: _Moved | _KeptHere | SavedTensor) -> Tensor:
         """Give back a tensor equal to the one that was packed."""
         return packed.unpack()
 
@@ -164,17 +225,36 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-@contextlib.contextmanager
-def offload_saved_tensors(*, min_bytes: int, pin_memory: bool = True) -> Iterator[None]:
-    """Offload what autograd saves inside the context.
+#: How a policy offloads an operator's result: to the host, at once and whatever its size.
+_OF_POLICIES = OffloadSettings(keep_last=0, min_bytes=0)
+
+
+def result_offloader(fqn: str, key: Hashable) -> Callable[[Tensor], Any] | None:
+    """What offloads the results of a region's operators in one forward call.
 
     Args:
-        min_bytes: Tensors of fewer bytes stay on their device.
-        pin_memory: Whether to use pinned host memory.
+        fqn: Name of the region.
+        key: Says which region it is.
+
+    Returns:
+        A function that gives for a dense tensor something with ``unpack()`` and ``place``, or None
+        if the tensor is to stay where it is. None where there is no device to offload from.
     """
-    hooks = HostOffload(min_bytes=min_bytes, pin_memory=pin_memory)
-    _torch.push_saved_tensors_hooks(hooks.pack, hooks.unpack)
-    try:
-        yield
-    finally:
-        _torch.pop_saved_tensors_hooks()
+    store = store_for(_OF_POLICIES)
+    if store is None or _device.is_capturing() or _torch.is_functorch_active():
+        return None
+    groups: list[Group] = []
+
+    def offload(tensor: Tensor) -> _Moved | None:
+        if not store.tier.takes(tensor) or not _is_plain(tensor):
+            return None
+        with _torch.disable_dispatch_modes():
+            if not groups:
+                groups.append(begin_group(key, fqn or "unnamed", keep_last=0))
+            detached = _torch.detach_shallow(tensor)
+            claim = store.put(detached, groups[0], _OF_POLICIES, must_move=True)
+            if claim is None:
+                return None
+            return _Moved(tensor, claim, groups[0], _OF_POLICIES)
+
+    return offload
