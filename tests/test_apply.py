@@ -23,7 +23,9 @@ from wrappers.apply import (
 from wrappers.errors import WrapperError
 from wrappers.modules.base import ActivationWrapper, InPlaceForward, unwrap
 from wrappers.modules.checkpoint import CheckpointImpl, CheckpointWrapper, checkpoint_wrapper
-from wrappers.modules.offload import OffloadWrapper, offload_wrapper
+from wrappers.modules.offload import OffloadForward, OffloadWrapper, offload_wrapper
+from wrappers.offload.simulated import SimulatedTransport
+from wrappers.offload.store import OffloadSettings
 from wrappers.select import all_but_last, by_class, by_name, every_nth, min_params
 
 
@@ -188,13 +190,48 @@ def test_other_wrapper_functions():
     model = Model()
     apply_activation_checkpointing(model, partial(offload_wrapper, min_bytes=7), BLOCK)
     assert all(isinstance(layer, OffloadWrapper) for layer in model.layers)
-    assert model.layers[0]._min_bytes == 7
+    assert [layer.offload_settings.min_bytes for layer in model.layers] == [7, 7, 7]
     model = Model()
     apply_activation_checkpointing(model, theirs.checkpoint_wrapper, BLOCK)
     assert [type(layer) for layer in model.layers] == [theirs.CheckpointWrapper] * 3
     model = Model()
     apply_activation_checkpointing(model, CheckpointWrapper, BLOCK)
     assert [layer.region_fqn for layer in model.layers] == list(LAYERS)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_offload_settings_and_fqns_reach_the_regions(inplace):
+    settings = {"min_bytes": 0, "keep_last": 2, "prefetch": 3, "ratio": 0.5}
+    plain = Model()
+    model = copy.deepcopy(plain)
+    report = apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=partial(offload_wrapper, **settings),
+        check_fn=BLOCK,
+        inplace=inplace,
+    )
+    assert report == ApplyReport(LAYERS, {})
+    assert wrapped_names(model) == (() if inplace else LAYERS)
+    assert in_place_names(model) == (LAYERS if inplace else ())
+    faces = [layer.forward if inplace else layer for layer in model.layers]
+    kind = OffloadForward if inplace else OffloadWrapper
+    assert [isinstance(face, kind) for face in faces] == [True] * 3
+    assert [face.region_fqn for face in faces] == list(LAYERS)
+    assert [face.offload_settings for face in faces] == [OffloadSettings(**settings)] * 3
+    with SimulatedTransport() as device:
+        for ours, expected in zip(grads(model), grads(plain), strict=True):
+            assert torch.equal(ours, expected)
+        assert device.num_copies("D2H") > 0
+    assert remove_activation_checkpointing(model) == 3
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_arguments_of_apply_reach_the_offloaded_regions():
+    model = Model()
+    apply_activation_checkpointing(model, OffloadWrapper, BLOCK, ratio=0.25)
+    assert [layer.offload_settings.ratio for layer in model.layers] == [0.25] * 3
+    with pytest.raises(ValueError, match="ratio must lie between 0 and 1, got 2"):
+        apply_activation_checkpointing(Model(), offload_wrapper, BLOCK, ratio=2)
 
 
 # --- Shared modules ---------------------------------------------------------------------------

@@ -1,8 +1,13 @@
-"""The pages of ``docs`` tell the truth: their examples run, their figure is that of a real run."""
+"""The pages of ``docs`` tell the truth: examples, figures, options and messages are real ones."""
 
 from __future__ import annotations
 
+import errno
+import inspect
+import os
 import re
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +16,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wrappers.policies as presets
+from scripts.bench import offload_timeline
 from scripts.model import GPT, Block, GPTConfig
-from tests.engine.helpers import leaf
-from wrappers import CheckpointImpl, apply_activation_checkpointing, checkpoint_wrapper
+from tests.engine.helpers import assert_equal, leaf
+from wrappers import (
+    CheckpointImpl,
+    CheckpointPolicy,
+    InputChangedError,
+    OffloadError,
+    _knobs,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+    offload_stats,
+    offload_wrapper,
+)
 from wrappers.engine.replay import ReplayFrame
+from wrappers.offload.simulated import Fault, SimulatedTransport
+from wrappers.offload.store import reset_offloading
 from wrappers.policies import save_matmuls
 from wrappers.report import region_report
 from wrappers.select import by_class
@@ -23,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks", "seeded")
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/replay.md").read_text()
+OFFLOAD_PAGE = (ROOT / "docs/offload.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 BATCH = 2
@@ -163,9 +182,10 @@ def names():
 
 @pytest.mark.filterwarnings("ignore:.*that are there already")
 @pytest.mark.filterwarnings("ignore:.*is rerun from now on")
-def test_the_examples_of_the_page_print_what_it_says(names, capsys):
+@pytest.mark.parametrize("page", [PAGE, OFFLOAD_PAGE], ids=["replay", "offload"])
+def test_the_examples_of_the_page_print_what_it_says(names, page, capsys):
     for code, output in re.findall(
-        r"```python\n(.*?)```(?:\n\nprints\n\n```text\n(.*?)```)?", PAGE, re.DOTALL
+        r"```python\n(.*?)```(?:\n\nprints\n\n```text\n(.*?)```)?", page, re.DOTALL
     ):
         exec(code, names)
         printed = capsys.readouterr().out
@@ -174,7 +194,7 @@ def test_the_examples_of_the_page_print_what_it_says(names, capsys):
 
 
 def test_the_readmes_example_of_a_policy(names, capsys):
-    (code,) = examples(README, "py")
+    code, _ = examples(README, "py")
     exec(code, names)
     assert "blocks.1" in capsys.readouterr().out
     rows = region_report(names["model"]).rows
@@ -190,3 +210,297 @@ def test_a_compiled_module_inside_keeps_the_policy_in_the_rerun():
     (row,) = region_report(model).rows
     assert row.impl is CheckpointImpl.NO_REENTRANT
     assert "compiled code inside" in row.reason
+
+
+# --- Offload ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_offloading():
+    reset_offloading()
+    yield
+    reset_offloading()
+
+
+def test_the_readmes_example_of_offloading(names, capsys, fresh_offloading):
+    _, code = examples(README, "py")
+    with SimulatedTransport(bandwidth_bytes_per_s=float("inf"), latency_s=0):
+        exec(code, names)
+    assert re.search(r"^host +24.0 MiB ", capsys.readouterr().out, re.MULTILINE)
+
+
+def offloaded_gpt(wrap=None, **options) -> GPT:
+    model = GPT(CONFIG)
+    wrap = wrap or partial(offload_wrapper, min_bytes=4096, **options)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=by_class(Block))
+    return model
+
+
+def products_to_host(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    if op is torch.ops.aten.addmm.default:
+        return CheckpointPolicy.MUST_CPU_OFFLOAD
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def offloading_policy_gpt() -> GPT:
+    model = GPT(CONFIG)
+    apply_activation_checkpointing(
+        model, check_fn=by_class(Block), policy=products_to_host, verify="never"
+    )
+    return model
+
+
+def step(model: nn.Module) -> None:
+    model(torch.zeros(BATCH, CONFIG.seq_len, dtype=torch.int64)).sum().backward()
+
+
+def device(fails=lambda direction, number: None, **options) -> SimulatedTransport:
+    """A simulated device whose copies take no time."""
+    options = {"bandwidth_bytes_per_s": float("inf"), "latency_s": 0, **options}
+    return SimulatedTransport(fault=fails, **options)
+
+
+def exhaust_pinned_memory(tmp_path, monkeypatch):
+    with device(host_bytes=2**18):
+        step(offloaded_gpt())
+
+
+def exhaust_host_memory(tmp_path, monkeypatch):
+    with device(), _knobs.override(OFFLOAD_PINNED_BYTES=2**18, OFFLOAD_PAGEABLE_BYTES=0):
+        step(offloaded_gpt())
+
+
+def fill_the_disk(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    step(offloaded_gpt(tier="disk", directory=tmp_path))
+
+
+def choose_a_file_as_directory(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    offloaded_gpt(tier="disk", directory=tmp_path / "file" / "activations")
+
+
+def fail_a_write(tmp_path, monkeypatch):
+    with device(lambda *copy: Fault("fail") if copy == ("D2H", 3) else None):
+        step(offloaded_gpt())
+
+
+def fail_reads(tmp_path, monkeypatch):
+    with device(lambda direction, _: Fault("fail") if direction == "H2D" else None):
+        step(offloaded_gpt())
+
+
+def corrupt_reads(tmp_path, monkeypatch):
+    with device(lambda direction, _: Fault("corrupt") if direction == "H2D" else None):
+        step(offloaded_gpt(checksum=True))
+
+
+def fail_reads_of_a_policy(tmp_path, monkeypatch):
+    with device(lambda direction, _: Fault("fail") if direction == "H2D" else None):
+        step(offloading_policy_gpt())
+
+
+class ChangesWhatItSaved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = x * 2
+        out = doubled.sin()
+        doubled.add_(1)
+        return out
+
+
+def change_what_leaves(tmp_path, monkeypatch):
+    with device(latency_s=1):
+        module = offload_wrapper(nn.Sequential(ChangesWhatItSaved()), min_bytes=1)
+        module(leaf(64, 64)).sum().backward()
+
+
+def change_what_stays(tmp_path, monkeypatch):
+    with device():
+        offload_wrapper(ChangesWhatItSaved())(leaf(64, 64)).sum().backward()
+
+
+def checkpoint_around(tmp_path, monkeypatch):
+    with device():
+        step(offloaded_gpt(lambda block: checkpoint_wrapper(offload_wrapper(block, min_bytes=1))))
+        assert offload_stats()["host"].num_out == 0
+
+
+def run_a_policy_without_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr("wrappers.offload.transfer._accelerator", [])
+    monkeypatch.setattr("wrappers._device.accelerator_tensors_exist", lambda: False)
+    step(offloading_policy_gpt())
+
+
+def offload_twice(tmp_path, monkeypatch):
+    offload_wrapper(offload_wrapper(Block(CONFIG)))
+
+
+#: By name: what goes wrong, and whether backward then raises.
+MESSAGES = {
+    "pageable": (exhaust_pinned_memory, None),
+    "kept": (exhaust_host_memory, None),
+    "full": (fill_the_disk, None),
+    "unwritable": (choose_a_file_as_directory, OSError),
+    "failed_write": (fail_a_write, None),
+    "failed_read": (fail_reads, OffloadError),
+    "computed_again": (fail_reads_of_a_policy, None),
+    "corrupted": (corrupt_reads, OffloadError),
+    "changed_leaving": (change_what_leaves, InputChangedError),
+    "changed_staying": (change_what_stays, InputChangedError),
+    "inside": (checkpoint_around, None),
+    "no_device": (run_a_policy_without_an_accelerator, None),
+    "already": (offload_twice, None),
+}
+
+
+def message_of(name: str, tmp_path, monkeypatch) -> str:
+    """What the user reads first."""
+    cause, error = MESSAGES[name]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if error is None:
+            cause(tmp_path, monkeypatch)
+        else:
+            with pytest.raises(error) as raised:
+                cause(tmp_path, monkeypatch)
+            assert not said
+            return str(raised.value).replace(str(tmp_path), "/scratch")
+    return str(said[0].message).replace(str(tmp_path), "/scratch")
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_message_is_what_the_user_reads(name, tmp_path, monkeypatch, fresh_offloading):
+    (text,) = re.findall(rf"<!-- {name} -->\n```text\n(.*?)```", OFFLOAD_PAGE, re.DOTALL)
+    assert " ".join(text.split()) == message_of(name, tmp_path, monkeypatch)
+
+
+def test_each_message_of_the_page_has_a_cause():
+    assert sorted(re.findall(r"<!-- (\w+) -->", OFFLOAD_PAGE)) == sorted(MESSAGES)
+
+
+def table_rows(title: str) -> list[list[str]]:
+    """The cells of a table of the page about offloading, without its title."""
+    (table,) = re.findall(rf"^\| {title} \|.*\n\|[-|]+\n((?:\|.*\n)+)", OFFLOAD_PAGE, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()]
+
+
+def test_the_options_are_those_of_offload_wrapper():
+    parameters = list(inspect.signature(offload_wrapper).parameters.values())[1:]
+    real = [[f"`{p.name}`", f"`{p.default!r}`"] for p in parameters]
+    assert [row[:2] for row in table_rows("option")] == real
+
+
+def test_the_knobs_are_those_of_the_package():
+    def shown(name: str, value: int) -> str:
+        units = {"TiB": 40, "GiB": 30, "MiB": 20, "KiB": 10}
+        unit = next((u for u, bits in units.items() if value >= 1 << bits), None)
+        return f"{value >> units[unit]} {unit}" if name.endswith("_BYTES") else str(value)
+
+    real = {
+        f"`{name}`": shown(name, value)
+        for name, value in vars(_knobs).items()
+        if name.startswith("OFFLOAD_")
+    }
+    assert {row[0]: row[1] for row in table_rows("knob")} == real
+
+
+def test_the_table_of_steps_is_that_of_the_runs():
+    timelines = offload_timeline.run_cases()
+    assert offload_timeline.step_table(timelines) in OFFLOAD_PAGE
+    picture = (ROOT / "docs/offload.svg").read_text()
+    titles = [timelines[name].title for name in offload_timeline.DRAWN]
+    assert re.findall(r">([^<]* a step, [^<]*)<", picture) == titles
+
+
+def test_when_it_pays():
+    assert offload_timeline.width_table() in OFFLOAD_PAGE
+    least = {gbs: offload_timeline.least_width(gbs * 1e9) for gbs in (25, 50, 400)}
+    text = " ".join(OFFLOAD_PAGE.split())
+    assert f"at least {least[50]:.0f} at 50 GB/s, and {least[25]:.0f} at 25 GB/s" in text
+    assert f"At 400 GB/s it would be {least[400]:.0f}." in text
+    assert offload_timeline.least_width(50e9, saved_bytes=2) < 0  # the input, at any width
+    whole_gib = offload_timeline.NUM_BLOCKS * 16 * 2 * 4096 * 12288 / 2**30
+    assert f"Without offloading the blocks hold {whole_gib:g} GiB" in text
+    assert f"the last block's {whole_gib / offload_timeline.NUM_BLOCKS:g} GiB" in text
+    assert f"takes {4 * 2 * 4096 * 12288 // 2**20} MiB here" in text
+
+
+def test_a_block_saves_sixteen_tensors():
+    block = Block(CONFIG)
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and storage.nbytes() >= D:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    x = block_input().sin()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(x)
+    sizes = sorted(storage.nbytes() // D for storage in saved.values())
+    assert sizes == [1, 1, 1, 1, 1, 3, 4, 4]
+    assert 2 * sum(sizes) == offload_timeline.SAVED_BYTES
+    out.sum().backward()
+
+
+def test_around_a_checkpointed_block_its_input_is_offloaded(fresh_offloading):
+    with device():
+        step(offloaded_gpt(lambda b: offload_wrapper(checkpoint_wrapper(b), min_bytes=1)))
+        stats = offload_stats()["host"]
+    assert (stats.num_out, stats.out_bytes) == (CONFIG.num_layers, CONFIG.num_layers * D)
+
+
+def test_each_backward_of_a_graph_fetches_it_again(fresh_offloading):
+    model = offloaded_gpt()
+    with device():
+        loss = model(torch.zeros(BATCH, CONFIG.seq_len, dtype=torch.int64)).square().sum()
+        loss.backward(retain_graph=True)
+        first = [p.grad.clone() for p in model.parameters()]
+        before = offload_stats()["host"]
+        model.zero_grad()
+        loss.backward()
+        after = offload_stats()["host"]
+    assert_equal([p.grad for p in model.parameters()], first)
+    assert before.num_back == before.num_out == after.num_out == 16
+    assert after.num_back == 2 * before.num_back
+
+
+def test_after_it_has_left_a_tensor_may_not_change_either(fresh_offloading):
+    x = leaf(64, 64)
+    with device():
+        module = offload_wrapper(LeavesFirst(), min_bytes=1)
+        out = module(x).sum()
+        with pytest.raises(InputChangedError, match="after it had been saved"):
+            out.backward()
+
+
+class LeavesFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = x * 2
+        out = doubled.sin()
+        out.sin()  # Whatever is saved next finds the first copy done.
+        doubled.add_(1)
+        return out
+
+
+def test_under_autocast_the_casts_of_weights_move_too(fresh_offloading):
+    with device(), torch.autocast("cpu", torch.bfloat16):
+        offload_wrapper(nn.Linear(64, 64), min_bytes=1)(leaf(4, 64).sin()).sum().backward()
+        assert offload_stats()["host"].out_bytes == 2 * (4 * 64 + 64 * 64)
+
+
+@pytest.mark.parametrize("how", ["compiled", "without grad"])
+def test_nothing_is_offloaded_and_nothing_said(how, fresh_offloading):
+    model = offloaded_gpt()
+    with device():
+        if how == "compiled":
+            step(torch.compile(model, backend="eager"))
+        else:
+            with torch.no_grad():
+                model(torch.zeros(1, 4, dtype=torch.int64))
+        assert offload_stats().tiers == ()

@@ -46,10 +46,10 @@ ORDER = {
         "ambient",
         "module_state",
         "verify",
+        "holders",
         "selective",
         "region",
         "frame",
-        "holders",
         "rerun",
         "reentrant",
         "witness",
@@ -58,7 +58,7 @@ ORDER = {
         "replay",
         "api",
     ],
-    "offload": ["disk", "pool", "scheduler", "transfer", "hooks"],
+    "offload": ["pool", "scheduler", "stats", "transfer", "simulated", "disk", "store", "hooks"],
     "modules": ["base", "checkpoint", "offload"],
 }
 

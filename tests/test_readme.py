@@ -75,7 +75,9 @@ def test_peak_memory(impl):
     )
 
 
-@pytest.mark.parametrize("mode", ["none", "REENTRANT", "NO_REENTRANT", "NO_REENTRANT, in place"])
+@pytest.mark.parametrize(
+    "mode", ["none", "REENTRANT", "NO_REENTRANT", "NO_REENTRANT, in place", "disk"]
+)
 def test_demo(mode):
     row = result("demo", mode=mode)
     recomputed = row["flops"] - result("demo", mode="none")["flops"]
@@ -83,3 +85,18 @@ def test_demo(mode):
         f"| {mode} | {row['loss']} | {row['peak_activation_bytes'] / 2**20:.1f} MiB | "
         f"{row['step_ms']:.0f} ms | {recomputed / 1e9:.2f} GFLOPs |" in README
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("the blocks as they are", "none"),
+        ("checkpointed, NO_REENTRANT", "no_reentrant"),
+        ('`offload_wrapper(tier="disk")`', "disk"),
+        ("both", "no_reentrant_disk"),
+    ],
+)
+def test_disk(name, mode):
+    row = result("disk_offload", mode=mode)
+    peak = f"{row['peak_bytes'] / 2**20:.0f} MiB ({row['peak_ratio']:.0%})"
+    assert f"| {name} | {peak} | {row['time_ratio']:.2f} |" in README

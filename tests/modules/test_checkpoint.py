@@ -193,6 +193,7 @@ def test_wrapping_what_torch_has_wrapped_warns():
     ],
 )
 def test_composed_with_offload(compose):
+    """There is no device here, so nothing is offloaded."""
     plain = Mlp()
     wrapped = compose(copy.deepcopy(plain))
     for _ in range(2):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
-from scripts.measure import count_flops, memory_timeline, peak_activation_bytes
+from scripts.measure import (
+    count_flops,
+    memory_timeline,
+    peak_activation_bytes,
+    peak_heap_bytes,
+)
 
 CPU = torch.device("cpu")
 KIB = 2**10
@@ -53,6 +59,7 @@ def test_a_release_by_another_thread_shows_when_the_address_is_used_again():
             thread.start()
             thread.join()
 
+    step()  # Where the addresses come from has settled.
     assert peak_activation_bytes(step, CPU) == size
 
 
@@ -83,3 +90,19 @@ def test_flops_count_recomputed_products_again():
         torch.ones(4, 8) @ weight
 
     assert count_flops(step) == 2 * (2 * 4 * 8 * 16)
+
+
+def test_the_heap_is_counted_for_all_threads():
+    """A block lives for a while, and another one whose release comes from another thread."""
+    nbytes = 64 * 2**20
+
+    def step():
+        for _ in range(2):
+            held = [torch.ones(nbytes, dtype=torch.uint8)]
+            time.sleep(0.02)
+            thread = threading.Thread(target=held.clear)
+            thread.start()
+            thread.join()
+            time.sleep(0.02)
+
+    assert nbytes <= peak_heap_bytes(step) < 1.1 * nbytes

@@ -21,8 +21,9 @@ MODES = {
     "no_reentrant": ["--impl", "no_reentrant"],
     "in_place": ["--impl", "no_reentrant", "--inplace"],
     "save_matmuls": ["--impl", "no_reentrant", "--policy", "save_matmuls"],
+    "disk": ["--impl", "offload_disk", "--max-inflight-mib", "0.5"],
 }
-CHECKPOINTED = sorted(MODES.keys() - {"none"})
+WRAPPED = sorted(MODES.keys() - {"none"})
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def train(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTED)
+@pytest.mark.parametrize("mode", WRAPPED)
 def test_loss_equals_that_of_the_plain_model_to_the_last_digit(train, mode):
     assert repr(train(mode).loss) == repr(train("none").loss)
     assert train(mode).world_size == 2
@@ -61,6 +62,12 @@ def test_loss_equals_that_of_the_plain_model_to_the_last_digit(train, mode):
 def test_activation_checkpointing_lowers_the_peak(train, mode):
     assert train(mode).peak_activation_bytes < 0.5 * train("none").peak_activation_bytes
     assert train(mode).peak_activation_bytes == max(train(mode).timeline_bytes)
+
+
+def test_activations_in_a_file_lower_the_peak_and_are_not_recomputed(train):
+    assert train("disk").peak_activation_bytes < 0.8 * train("none").peak_activation_bytes
+    assert train("disk").peak_activation_bytes == max(train("disk").timeline_bytes)
+    assert train("disk").flops == train("none").flops
 
 
 def matmul_flops_of_a_block_forward() -> int:
@@ -90,6 +97,9 @@ def test_saved_matmuls_are_not_recomputed(train):
     [
         ("--impl none --inplace", "--inplace needs an --impl to put in place"),
         ("--impl reentrant --policy save_matmuls", "needs --impl no_reentrant, got --impl reent"),
+        ("--impl none --directory x", "--directory needs --impl offload_disk, got --impl none"),
+        ("--impl offload_disk --policy save_matmuls", "needs --impl no_reentrant, got --impl off"),
+        ("--max-inflight-mib 0", "--max-inflight-mib must be positive, got 0"),
         ("--memory-trace", "--memory-trace needs --json FILE"),
         ("--steps 1", "--steps must be at least 2"),
         ("--batch 0", "--batch must be at least 1, got 0"),
