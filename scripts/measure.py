@@ -13,9 +13,12 @@ so that lazily built state (an optimizer's, a communicator's buffers) is not cha
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +106,55 @@ def peak_activation_bytes(step: Step, device: torch.device) -> int:
     step()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - start_bytes)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's allocator says about itself."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def peak_heap_bytes(step: Step, interval_s: float = 0.0005) -> int:
+    """The most bytes of host memory in use during `step` beyond those at its start.
+
+    What glibc's allocator counts for all threads, so also what threads release that the profiler
+    does not follow. Sampled by a thread, so peaks shorter than `interval_s` are missed.
+
+    Raises:
+        OSError: the C library is not glibc 2.33 or newer.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        raise OSError("heap bytes are counted by glibc 2.33 or newer, which this process lacks")
+    libc.mallinfo2.restype = _Mallinfo2
+
+    def in_use() -> int:
+        info = libc.mallinfo2()
+        return int(info.uordblks + info.hblkhd)
+
+    gc.collect()
+    start = peak = in_use()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_over.wait(interval_s):
+            peak = max(peak, in_use())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        step()
+    finally:
+        is_over.set()
+        thread.join()
+    return peak - start
 
 
 def count_flops(step: Step) -> int:

@@ -1,4 +1,4 @@
-"""The main job: train a byte-level GPT under FSDP, its blocks under activation checkpointing.
+"""The main job: train a byte-level GPT under FSDP, its blocks checkpointed or offloaded to a disk.
 
 Start it with torchrun; the same command trains on CPUs over gloo and on GPUs over nccl:
 
@@ -15,10 +15,13 @@ for peak memory and once under the FLOP counter, so that neither disturbs loss o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import pydoc_data.topics
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,13 +44,16 @@ from wrappers import (
     CheckpointImpl,
     apply_activation_checkpointing,
     create_selective_checkpoint_contexts,
+    offload_wrapper,
 )
 
-IMPLS = {
-    "none": None,
-    "reentrant": CheckpointImpl.REENTRANT,
-    "no_reentrant": CheckpointImpl.NO_REENTRANT,
-}
+#: How the activations of a block wait for backward: not at all, as little as a recompute needs, or
+#: in a file.
+IMPLS = ("none", "reentrant", "no_reentrant", "offload_disk")
+
+#: glibc maps blocks of this size on their own, once it is told.
+MAPPED_BYTES = 64 * 1024
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Operators whose outputs each policy keeps; all others are recomputed.
@@ -83,11 +89,23 @@ class Result:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a contradiction or an impossible size ends with argparse's error."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a byte-level GPT under FSDP and checkpointed blocks."
+        prog="train.py",
+        description="Train a byte-level GPT under FSDP, its blocks checkpointed or offloaded.",
     )
     parser.add_argument("--impl", choices=IMPLS, default="no_reentrant")
     parser.add_argument("--inplace", action="store_true", help="patch the blocks' own forward")
     parser.add_argument("--policy", choices=POLICIES, default="recompute_all")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="of the file of --impl offload_disk; default: the one for temporary files",
+    )
+    parser.add_argument(
+        "--max-inflight-mib",
+        type=float,
+        default=32,
+        help="memory of what is on its way to the file, and of what is on its way back",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation")
     parser.add_argument("--text", type=Path, help="default: the topics of Python's own help")
     parser.add_argument("--steps", type=int, default=20)
@@ -108,6 +126,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--inplace needs an --impl to put in place, got --impl none")
     if args.impl != "no_reentrant" and args.policy != "recompute_all":
         parser.error(f"--policy {args.policy} needs --impl no_reentrant, got --impl {args.impl}")
+    if args.impl != "offload_disk" and args.directory is not None:
+        parser.error(f"--directory needs --impl offload_disk, got --impl {args.impl}")
+    if args.max_inflight_mib <= 0:
+        parser.error(f"--max-inflight-mib must be positive, got {args.max_inflight_mib:g}")
     if args.memory_trace and args.json is None:
         parser.error("--memory-trace needs --json FILE to write to")
     if args.steps < 2:
@@ -172,21 +194,43 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def wrapping(args: argparse.Namespace) -> dict[str, Any]:
+    """What `apply_activation_checkpointing` wraps the blocks with."""
+    if args.impl == "offload_disk":
+        return {
+            "checkpoint_wrapper_fn": offload_wrapper,
+            "tier": "disk",
+            "directory": args.directory or tempfile.gettempdir(),
+            "max_inflight_bytes": int(args.max_inflight_mib * 2**20),
+        }
+    options: dict[str, Any] = {"impl": CheckpointImpl[args.impl.upper()]}
+    saved_operators = POLICIES[args.policy]
+    if saved_operators is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved_operators)
+    return options
+
+
+def map_large_blocks() -> None:
+    """Let large blocks of host memory have mappings of their own from now on, where glibc can.
+
+    The threads that write activations release their memory, and the profiler does not follow them:
+    a release shows once the address is used again, which for such a block is soon. It makes
+    allocations slower, so nothing is timed afterwards.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
+
+
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Build the model, wrap its blocks, then shard blocks and root over all ranks."""
     torch.manual_seed(args.seed)
     model = GPT(args.model).to(device)
     if args.impl != "none":
-        options: dict[str, Any] = {}
-        saved_operators = POLICIES[args.policy]
-        if saved_operators is not None:
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, saved_operators)
         apply_activation_checkpointing(
             model,
             check_fn=lambda module: isinstance(module, Block),
-            impl=IMPLS[args.impl],
             inplace=args.inplace,
-            **options,
+            **wrapping(args),
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
@@ -260,6 +304,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Result:
     """Train, then measure one more step for its memory and one for its FLOPs."""
     trainer = Trainer(args, device)
     loss, step_ms = train(trainer, args.steps)
+    map_large_blocks()
     timeline = MemoryTimeline([], [])
     if args.memory_trace:
         timeline = memory_timeline(trainer.step, device)
