@@ -190,7 +190,7 @@ def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def is_capturing() -> bool:
     """Whether what the current stream runs goes into a graph, in which nothing may be asked."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def release_pinned() -> None:

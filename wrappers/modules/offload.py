@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrappers import _device, _torch, _tree
+from wrappers import _torch, _tree
 from wrappers.engine.frame import is_in_region
 from wrappers.engine.holders import connect_offloading
 from wrappers.modules.base import (
@@ -75,14 +75,8 @@ class _Offloading:
     def _run_region(
         self, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        # A compiler places activations itself: hooks inside a traced region break the graph. The
-        # transforms of torch.func know no hooks, and a CUDA graph may not ask for events.
-        if (
-            not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or _torch.is_functorch_active()
-            or _device.is_capturing()
-        ):
+        # A compiler places activations itself: hooks inside a traced region break the graph.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         store = store_for(self.offload_settings)
         if store is None or self._is_pointless():

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrappers import _device, _torch
+from wrappers import _torch
 from wrappers._torch import SavedTensor
 from wrappers.errors import InputChangedError
 from wrappers.offload.scheduler import Group
@@ -241,7 +241,7 @@ def result_offloader(fqn: str, key: Hashable) -> Callable[[Tensor], Any] | None:
         if the tensor is to stay where it is. None where there is no device to offload from.
     """
     store = store_for(_OF_POLICIES)
-    if store is None or _device.is_capturing() or _torch.is_functorch_active():
+    if store is None:
         return None
     groups: list[Group] = []
 

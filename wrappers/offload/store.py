@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from wrappers import _knobs
+from wrappers import _device, _knobs, _torch
 from wrappers.errors import InputChangedError, OffloadError
 from wrappers.offload.disk import DiskTier, check_directory
 from wrappers.offload.pool import available_host_bytes
@@ -562,7 +562,13 @@ def _fetch_ahead(settings: OffloadSettings) -> None:
 
 
 def store_for(settings: OffloadSettings) -> Store | None:
-    """The store that a region's settings name; None where there is no device to offload from."""
+    """The store that a region's settings name.
+
+    None where there is no device to offload from, and where nothing can be offloaded now: the
+    transforms of torch.func know no hooks, and a CUDA graph may not ask for events.
+    """
+    if _torch.is_functorch_active() or _device.is_capturing():
+        return None
     transport = current_transport()
     if settings.tier == "host" and transport is None:
         return None

@@ -293,13 +293,12 @@ class Landing:
         event: The end of the copy.
     """
 
-    __slots__ = ("event", "nbytes", "sent", "target")
+    __slots__ = ("event", "sent", "target")
 
     def __init__(self, sent: Sent, target: Tensor, event: Any) -> None:
         self.sent = sent
         self.target = target
         self.event = event
-        self.nbytes = sent.nbytes
 
     def is_done(self) -> bool:
         """Whether the bytes have arrived; never blocks."""
@@ -311,9 +310,6 @@ class Landing:
             self.sent.tier.land(self, self.sent.stream)
         except Exception:
             return  # Nobody wants the bytes; only the memory was waited for.
-
-    def settle(self) -> None:
-        """Nothing to let go of."""
 
 
 class Tier(Protocol):
