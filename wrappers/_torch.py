@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, _ops
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import _symbolic_trace
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _device, _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import SUPPORTED_NODES
@@ -630,3 +631,69 @@ def run_wrap_policy(policy: Any, root: torch.nn.Module) -> dict[torch.nn.Module,
 def set_version(tensor: Tensor, version: int) -> None:
     """Set the counter of in-place changes of a tensor that nobody else has seen yet."""
     _autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+# --- Results of collectives ---------------------------------------------------------------------
+
+
+def waited_for(tensor: Tensor) -> Tensor:
+    """The result of a functional collective once it is there; any other tensor as it is.
+
+    An AsyncCollectiveTensor waits when an operator reads it, and has nothing in it before.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if module is None or not isinstance(tensor, module.AsyncCollectiveTensor):
+        return tensor
+    waited: Tensor = tensor.trigger_wait()
+    return waited
+
+
+# --- What DDP and FSDP do around a region, or in it --------------------------------------------
+
+
+def gathers_in_forward(module: torch.nn.Module) -> bool:
+    """Whether FSDP1 manages a module. It gathers in the forward, FSDP2 in hooks around it."""
+    return bool(fsdp_types()) and isinstance(module, fsdp_types()[1])
+
+
+def prefetch_inside_only(module: torch.nn.Module) -> Callable[[], None]:
+    """Let FSDP2 modules below a module gather ahead for each other only; returns what undoes it.
+
+    FSDP2 takes a rerun in backward for a forward, and gathers for the modules that it was told to
+    prefetch there. Those behind the region have had their backward: nobody would use it.
+    """
+    managed: list[Any] = [m for m in module.modules() if isinstance(m, fsdp_types()[:1])]
+    states = [m._get_fsdp_state() for m in managed]
+    told = [(state, state._states_to_forward_prefetch) for state in states]
+    for state, targets in told:
+        state._states_to_forward_prefetch = [target for target in targets if target in states]
+
+    def undo() -> None:
+        for state, targets in told:
+            state._states_to_forward_prefetch = targets
+
+    return undo
+
+
+def walks_graph_for_unused(module: object) -> bool:
+    """Whether DDP looks after each forward which parameters its output depends on."""
+    return (
+        isinstance(module, DistributedDataParallel)
+        and module.find_unused_parameters
+        and not module.static_graph
+    )
+
+
+def is_in_ddp_that_walks_graph() -> bool:
+    """Whether a forward of such a DDP is running."""
+    return walks_graph_for_unused(DistributedDataParallel._active_ddp_module)
+
+
+# --- Process groups ---------------------------------------------------------------------
+
+
+def num_process_groups() -> int:
+    """How many groups this process is in; torch puts the number into the names of some new ones."""
+    from torch.distributed import distributed_c10d
+
+    return len(distributed_c10d._world.pg_names)

@@ -9,6 +9,7 @@ arguments are there. The others are told apart here:
 * random operators: they read a generator's state;
 * makers of uninitialised memory: who fills it may be a kernel that nobody sees;
 * collectives: they talk to other ranks;
+* choices: which of several elements they pick may hang on the last bit of one, or on a tie;
 * the rest that cannot be recorded at all, with the reason.
 """
 
@@ -95,6 +96,11 @@ _MOVERS = frozenset(
 )
 
 
+#: Operators by which mixtures of experts route. Run again on inputs that a kernel has computed a
+#: little differently, or on equal ones, they may send a token elsewhere.
+_CHOICES = frozenset({"aten::topk", "aten::argmax"})
+
+
 class Operator:
     """The facts about one operator.
 
@@ -114,6 +120,7 @@ class Operator:
             an operator from elsewhere reads.
         is_uninitialized: Whether its result is memory with nothing in it.
         is_collective: Whether it communicates with other ranks.
+        is_choice: Whether it picks some of several elements.
         is_wait: Whether it waits for a collective, whose result it returns.
         is_detach: Whether it is detach, which ``.data`` is too.
         reason: Why it cannot be recorded; empty if it can.
@@ -123,6 +130,7 @@ class Operator:
         "base",
         "call",
         "func",
+        "is_choice",
         "is_collective",
         "is_detach",
         "is_plain",
@@ -147,7 +155,7 @@ class Operator:
         self.name = str(func)
         self.reason = ""
         self.is_silent_view = self.is_wait = self.is_detach = False
-        self.is_view = self.is_random = self.is_uninitialized = False
+        self.is_view = self.is_random = self.is_uninitialized = self.is_choice = False
         self.may_alias = False
         self.base: int | str = 0
         self.writes: tuple[int | str, ...] = ()
@@ -198,6 +206,7 @@ class Operator:
         infos = [value.alias_info for value in schema.returns]
         self.is_wait = name == "_c10d_functional::wait_tensor"
         self.is_detach = name == "aten::detach"
+        self.is_choice = name in _CHOICES
         self.is_silent_view = name in _SILENT_VIEWS
         self.is_view = self.is_silent_view or any(i is not None and not i.is_write for i in infos)
         if name in _SILENT_WRITERS:

@@ -106,7 +106,7 @@ class Rule:
         if policy is not None and is_static and facts.func not in SAC_IGNORED_OPS:
             context = SelectiveCheckpointContext(is_recompute=False)
             self.answer = policy.begin()(context, facts.func)
-        self.is_kept = self.answer in KEPT
+        self.is_kept = keeps_result(facts, self.answer)
         self.is_view = facts.is_view
         is_simple = facts.is_plain or facts.is_plain_view
         self.is_fast = is_simple and is_static and self.answer not in OFFLOADED
@@ -353,10 +353,7 @@ class Recorder(_torch.RecordingMode):
             self.sites[len(self.operators)] = verify.current_site()
         numbers = tuple(value for value, _ in results)
         self.operators.append((facts, values, build, None, numbers))
-        keeps = answer in KEPT
-        if facts.is_collective and answer is not CheckpointPolicy.MUST_RECOMPUTE:
-            keeps = keeps or not facts.is_wait
-        if not keeps or (facts.is_view and not facts.is_collective):
+        if not keeps_result(facts, answer) or (facts.is_view and not facts.is_collective):
             return
         if facts.is_uninitialized:  # There is nothing in it that could be kept.
             self.has_matched = True
@@ -735,6 +732,18 @@ class Recorder(_torch.RecordingMode):
         """Record nothing from now on: what autograd saves is kept."""
         self.reason = reason  # It says more than what was noted on the way to it.
         self.is_stopped = self._is_careful = True
+
+
+def keeps_result(facts: Operator, answer: CheckpointPolicy | None) -> bool:
+    """Whether an operator's result is kept, given what the policy says about it.
+
+    What ranks have said to each other, and what has been chosen, is not asked for once more unless
+    the policy insists.
+    """
+    if answer in KEPT:
+        return True
+    is_asked_once = facts.is_choice or (facts.is_collective and not facts.is_wait)
+    return is_asked_once and answer is not CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _is_constant(value: Any) -> bool:

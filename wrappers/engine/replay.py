@@ -31,8 +31,10 @@ needs nothing else: its nodes unpack the same slots again.
 
 A region's first replay is compared with a rerun, bit by bit, where two reruns agree
 themselves (``verify="first"``). If it differs, backward gets the rerun's tensors, and the
-region falls back: it is rerun from then on. It also falls back as soon as the recorder has
-seen something that it cannot follow; in the forward at hand, what was not understood is held.
+region falls back: it is rerun from then on. Where the rerun has chosen (top-k) otherwise than the
+forward, it says nothing about the replay, which has kept the choice. A region also falls back as
+soon as the recorder has seen something that it cannot follow; in the forward at hand, what was not
+understood is held.
 
 A fallback changes what a region saves, and a region around it that reruns expects the same again.
 So a forward sees no fallback that happens while it runs, and a rerun those before its forward
@@ -111,6 +113,7 @@ class ReplayFrame:
         "_backwards",
         "_base_uses",
         "_blank_slots",
+        "_choices",
         "_depends",
         "_done",
         "_held",
@@ -159,6 +162,8 @@ class ReplayFrame:
         #: Slots of memory that nobody had written when it was saved, and what it is.
         self._blank_slots: list[tuple[_Slot, Tensor]] = []
         self._witness: WitnessFrame | None = None
+        #: What a rerun must choose too, if it is to tell anything about this replay.
+        self._choices: list[Witness] = []
 
     @property
     def fqn(self) -> str:
@@ -349,9 +354,27 @@ class ReplayFrame:
             # A rerun saves a blank one before anything is written to it.
             if type(packed) is _Slot and getattr(packed, "at", 0) != sys.maxsize:
                 packed.witness = witness
+            elif self._is_choice(tensor):
+                witness.expected = tensor
+                self._choices.append(witness)
             return packed
 
         return witnessed_pack
+
+    def _is_choice(self, tensor: Tensor) -> bool:
+        """Whether a tensor that autograd has just saved says what an operator has chosen."""
+        entry = self._recorder.known.get(id(tensor))
+        return (
+            entry is not None
+            and not (tensor.is_floating_point() or tensor.requires_grad)
+            and self._is_kept_choice(entry[1])
+        )
+
+    def _is_kept_choice(self, value: int) -> bool:
+        """Whether a value looks into what an operator has chosen and the region keeps."""
+        root = self._roots.get(value, value)
+        position = self._made[root]
+        return position >= 0 and root in self._held and self._operators[position][0].is_choice
 
     def _make_measuring_pack(
         self, pack: Callable[[Tensor], Any], saved_bytes: dict[int, int]
@@ -462,7 +485,8 @@ class ReplayFrame:
             self._give_to_slots(kept)
 
     def _is_repeatable(self, value: int) -> bool:
-        return not self._operators[self._made[value]][0].is_collective
+        facts = self._operators[self._made[value]][0]
+        return not (facts.is_collective or facts.is_choice)
 
     def _give_to_slots(self, kept: list[int]) -> None:
         """Let each kept output die with the last of the slots that depend on it."""
@@ -734,8 +758,9 @@ class ReplayFrame:
             position = self._made[value]
             if position < 0 or self._roots.get(value, value) in self._writes:
                 return None  # It is gone, or is not what it was.
-            if self._operators[position][0].is_collective:
-                return None  # The other ranks would not join.
+            facts = self._operators[position][0]
+            if facts.is_collective or facts.is_choice:
+                return None  # The other ranks would not join; or it might choose otherwise.
             if position not in positions:
                 positions.add(position)
                 values += [v for v in self._operators[position][1] if not self._is_there(v)]
@@ -878,6 +903,7 @@ class ReplayFrame:
     def _verify(self) -> None:
         """Compare the replay of all slots with a rerun; give them the rerun's where they differ."""
         witness, self._witness = self._witness, None
+        choices, self._choices = self._choices, []
         assert witness is not None
         region = self.region
         checked: list[tuple[_Slot, Witness]] = []
@@ -889,13 +915,18 @@ class ReplayFrame:
             slot.witness.expected = self._peek(slot)
             del slot.witness
         try:
-            differing = witness.differing([seen for _, seen in checked], self._own_generators())
+            seen_by_rerun = [*(seen for _, seen in checked), *choices]
+            differing = witness.differing(seen_by_rerun, self._own_generators())
         except InputChangedError:
             return  # It says nothing about replays.
         except Exception as error:  # of the user's code: what cannot run twice cannot be compared
             region.note_verified(f"a rerun differs from the forward: {error}")
             return
         wrong = [(slot, seen) for slot, seen in checked if seen in differing]
+        has_chosen_otherwise = any(seen in differing for seen in choices)
+        if has_chosen_otherwise or any(self._is_kept_choice(slot.index) for slot, _ in wrong):
+            region.note_verified("a rerun chooses otherwise than the forward did")
+            return
         if wrong:
             region.fall_back(self._difference(wrong[0][0]))
             self._is_at_once = False
@@ -1032,7 +1063,7 @@ def _reason_against(function: Function, module: nn.Module | None) -> str:
         return ""
     fsdp_types = _torch.fsdp_types()
     # A region around a module's forward alone leaves the module's hooks outside.
-    outside = None if function is module else module
+    outside = None if function is module or _torch.gathers_in_forward(module) else module
     for inside in module.modules():
         if fsdp_types and isinstance(inside, fsdp_types) and inside is not outside:
             return _FSDP_INSIDE

@@ -7,9 +7,11 @@ address. So a storage is copied as bytes, once, and each saved tensor remembers 
 sizes, strides and offset in it. The graph held the whole storage before, so this never takes
 more memory elsewhere than it sets free on the device.
 
+Of a DTensor moves the local tensor, around which another DTensor is put when it is back.
+
 What stays: parameters, buffers and their views, and arguments of the region that have no graph (a
 batch, a mask, rotary tables), as somebody else keeps them anyway; small tensors; tensors whose
-sizes and strides do not say all (subclasses, sparse, conjugated ones).
+sizes and strides do not say all (other subclasses, sparse, conjugated ones).
 
 The hooks of one forward call are one :class:`OffloadHooks`. It dies with the call; what is away
 belongs to the graph.
@@ -114,6 +116,29 @@ class _Stays(_KeptHere):
         return super().unpack()
 
 
+class _Around:
+    """A saved subclass, such as a DTensor, around a tensor that is away."""
+
+    __slots__ = ("build", "packed", "version")
+
+    def __init__(self, tensor: Tensor, packed: _Packed) -> None:
+        self.build = _torch.subclass_builder(tensor)
+        self.packed = packed
+        self.version = tensor._version
+
+    def unpack(self) -> Tensor:
+        """Put an equal subclass around the tensor that is back."""
+        inner = self.packed.unpack()
+        with _torch.disable_dispatch_modes(), torch.no_grad():
+            tensor = self.build(inner).detach()
+        _torch.set_version(tensor, self.version)
+        return tensor
+
+
+#: What the graph keeps in place of a saved tensor.
+_Packed = _Moved | _KeptHere | _Around | SavedTensor
+
+
 class OffloadHooks:
     """Pack and unpack hooks for one forward call, as a context.
 
@@ -151,9 +176,13 @@ class OffloadHooks:
     def __exit__(self, *error: object) -> None:
         _torch.pop_saved_tensors_hooks()
 
-    def pack(self, tensor: Tensor) -> _Moved | _KeptHere | SavedTensor:
+    def pack(self, tensor: Tensor) -> _Packed:
         """Send a tensor away, or keep it."""
         store, settings = self._store, self._settings
+        if type(tensor) is not Tensor:
+            packed = self._pack_inner(tensor)
+            if packed is not None:
+                return packed
         if not store.tier.takes(tensor):
             return self._pass_on(tensor)
         with _torch.disable_dispatch_modes():
@@ -168,6 +197,23 @@ class OffloadHooks:
             if claim is None:
                 return _Stays(tensor, group, settings)
             return _Moved(tensor, claim, group, settings)
+
+    def _pack_inner(self, tensor: Tensor) -> _Packed | None:
+        """Send away the tensor that a subclass is made of; None if the subclass is to stay."""
+        if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+            return None
+        with _torch.disable_dispatch_modes():
+            waited = _torch.waited_for(tensor)
+            if waited is not tensor:
+                return self.pack(waited)
+            inner = _torch.inner_tensors(tensor)
+            if len(inner) != 1:  # Jagged tensors are told apart by a tensor in them.
+                return None
+            part = _torch.waited_for(inner[0][1])
+            if type(part) is not Tensor or not self._store.tier.takes(part):
+                return None
+            packed = self.pack(part.detach())  # DTensor.from_local makes it a leaf with a gradient.
+            return None if type(packed) is _KeptHere else _Around(tensor, packed)
 
     def _pass_on(self, tensor: Tensor) -> SavedTensor:
         """Save a tensor as if these hooks were not there: an enclosing region may want it."""
@@ -192,12 +238,13 @@ class OffloadHooks:
             kept = list(self._arguments)
             if self._module is not None:
                 kept += [*self._module.parameters(), *self._module.buffers()]
+            kept += [part for tensor in kept for _, part in _torch.inner_tensors(tensor)]
             keys = (_torch.storage_key(tensor) for tensor in kept)
             self._staying = {key for key in keys if key is not None}
         return self._staying
 
     @staticmethod
-    def unpack(packed: _Moved | _KeptHere | SavedTensor) -> Tensor:
+    def unpack(packed: _Packed) -> Tensor:
         """Give back a tensor equal to the one that was packed."""
         return packed.unpack()
 
