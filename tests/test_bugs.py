@@ -250,6 +250,23 @@ def test_dict_outputs_under_reentrant():
     assert_same(run(partial(checkpoint, impl=REENTRANT)), expected)
 
 
+def _store_in_dict(x, places):
+    places["y"] = x.sin()
+    return places["y"] * 3
+
+
+def _store_in_list(x, places):
+    places.append(x.sin())
+    return places[-1] * 3
+
+
+@pytest.mark.parametrize(("region", "kind"), [(_store_in_dict, dict), (_store_in_list, list)])
+def test_a_tensor_stored_in_an_argument_has_no_graph(region, kind):
+    """Seen in models whose layers share keys and values: REENTRANT loses their gradients."""
+    with pytest.warns(UserWarning, match="no gradient flows through that tensor. Return it"):
+        checkpoint(region, leaf(4), kind(), impl=REENTRANT)
+
+
 def test_a_packet_in_the_save_list_never_matches():
     """pytorch#176065: ``aten.mm`` in place of ``aten.mm.default`` was taken and never matched."""
 

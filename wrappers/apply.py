@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from wrappers import _torch
+from wrappers.engine.reentrant import HIDDEN_FROM_DDP
 from wrappers.errors import WrapperError
 from wrappers.modules.base import (
     ActivationWrapper,
@@ -241,6 +242,32 @@ def _is_wrapped_somehow(module: nn.Module) -> bool:
     )
 
 
+def _refuse_hidden_from_ddp(
+    tree: _Tree, to_wrap: _Chosen, wrapper_fn: Callable[..., Any], kwargs: dict[str, Any]
+) -> None:
+    """Raise before anything is wrapped; where DDP comes later, the first call raises."""
+    below = {
+        plain_module(module)
+        for ddp in tree.names
+        if _torch.walks_graph_for_unused(ddp)
+        for module in ddp.modules()
+    }
+    for module, own in to_wrap.items():
+        if module not in below or not _is_reentrant(wrapper_fn, {**kwargs, **own}):
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            fqn = tree.names[module]
+            raise WrapperError(f"region `{fqn}`: {HIDDEN_FROM_DDP}", fqn=fqn)
+
+
+def _is_reentrant(wrapper_fn: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    while isinstance(wrapper_fn, functools.partial):
+        kwargs = {**wrapper_fn.keywords, **kwargs}
+        wrapper_fn = wrapper_fn.func
+    given = [kwargs.get(name) for name in ("impl", "checkpoint_impl")]
+    return any(CheckpointImpl(impl) is CheckpointImpl.REENTRANT for impl in given if impl)
+
+
 # --- Act ------------------------------------------------------------------------------------
 
 
@@ -277,6 +304,7 @@ def apply_activation_checkpointing(
         TypeError: ``model`` is not a module, ``check_fn`` cannot be called, or an argument is
             unknown.
         ValueError: ``auto_wrap_policy`` is neither callable nor a policy object.
+        WrapperError: REENTRANT regions below a DDP that looks for unused parameters.
     """
     require_module(model)
     if inplace:
@@ -288,6 +316,7 @@ def apply_activation_checkpointing(
     root_matches = chosen.pop(tree.root, None) is not None
     reasons = _reasons(tree, chosen, _test_for(checkpoint_wrapper_fn), inplace)
     to_wrap = {module: own for module, own in chosen.items() if module not in reasons}
+    _refuse_hidden_from_ddp(tree, to_wrap, checkpoint_wrapper_fn, kwargs)
     for module, own in to_wrap.items():
         target = module if inplace else tree.outer[module]
         _put(tree, module, checkpoint_wrapper_fn(target, **{**kwargs, **own}))

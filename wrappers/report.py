@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from wrappers.engine.region import Region
-from wrappers.modules.base import in_place_layers, plain_module, require_module, wrapper_layers
+from wrappers.modules.base import in_place_layers, require_module, wrapper_layers
 from wrappers.policy import CheckpointImpl
+from wrappers.select import plain_modules
 
 __all__ = ["RegionReport", "RegionRow", "region_report"]
 
@@ -122,8 +123,11 @@ def region_report(model: nn.Module) -> RegionReport:
     """
     require_module(model)
     rows: dict[int, RegionRow] = {}
-    for name, module in model.named_modules():
-        for face in (*wrapper_layers(module), *in_place_layers(plain_module(module))):
+    modules = dict(plain_modules(model))
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        outer: Any = modules[parent]._modules[last] if name else model
+        for face in (*wrapper_layers(outer), *in_place_layers(module)):
             region = getattr(face, "_checkpoint_region", None)
             has_own_function = getattr(face, "checkpoint_fn", None) is not None
             if isinstance(region, Region) and id(region) not in rows and not has_own_function:

@@ -272,6 +272,8 @@ class Frame:
             self.ambient.enter(undo)
             if self.module_state is not None:
                 self.module_state.enter(undo, self.fqn, is_used=self.builds_used_graph)
+                if self.module_state.fsdp_modules:
+                    undo.append(_torch.prefetch_inside_only(self.module_state.module))
             if self.runs_backward:  # Only then: what other threads add meanwhile would be lost.
                 self._set_gradients_aside(undo)
             args, kwargs = self._rebuild(tensors)

@@ -25,6 +25,13 @@ from wrappers.engine.rerun import run_no_reentrant
 from wrappers.errors import CheckpointError
 from wrappers.policy import CheckpointImpl
 
+HIDDEN_FROM_DDP = (
+    "DDP(find_unused_parameters=True) looks in the graph for the parameters that a forward has "
+    "used, and a REENTRANT region shows it none: it would take the region's parameters for unused. "
+    "Use CheckpointImpl.NO_REENTRANT, or DDP(static_graph=True); or, if every step uses all "
+    "parameters, find_unused_parameters=False (ddp_find_unused_parameters in TrainingArguments)."
+)
+
 
 def check_backward_validity(inputs: Iterable[Any]) -> None:
     """Warn if none of the tensors among ``inputs`` requires grad."""
@@ -157,6 +164,11 @@ class _ReentrantFrame(Frame):
                 fqn=self.fqn,
             )
 
+    def refuse_hidden_parameters(self) -> None:
+        """Raise where DDP would take the region's parameters for unused, as no graph shows them."""
+        if self.module_state is not None and self.module_state.trainable_leaves():
+            raise CheckpointError(f"region `{self.fqn}`: {HIDDEN_FROM_DDP}", fqn=self.fqn)
+
     def _unsupported_backward(self) -> CheckpointError:
         what = (
             "create_graph=True is"
@@ -208,10 +220,21 @@ def run_reentrant(
     frame = _ReentrantFrame(region, function, args, kwargs, owner)
     if not any(tensor.requires_grad for tensor in frame.tensors):
         return run_no_reentrant(region, function, args, kwargs, owner)
+    if _torch.is_in_ddp_that_walks_graph():
+        frame.refuse_hidden_parameters()
+    stores = [(v, _stored(v)) for v in (*args, *kwargs.values()) if type(v) in (list, dict)]
     outputs = _apply(frame, args, kwargs, *frame.tensors)
+    if any(_stored(store) - before for store, before in stores):
+        region.warn_stored()
     # The frame must not keep what the outputs' structure holds.
     build_output, frame.build_output = frame.build_output, None
     return build_output(outputs)
+
+
+def _stored(store: list[Any] | dict[Any, Any]) -> set[int]:
+    """The tensors in a container that could have a gradient, by identity."""
+    values = store.values() if type(store) is dict else store
+    return {id(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 class CheckpointFunction(torch.autograd.Function):

@@ -366,6 +366,15 @@ class Region:
             f"recomputed. The operators of this region: {names}",
         )
 
+    def warn_stored(self) -> None:
+        """Say that the region has put a tensor into an argument where no gradient can follow."""
+        self.experience.warn_once(
+            "stored",
+            f"region `{self.fqn}` has stored a tensor in an argument, a list or dict. REENTRANT "
+            "runs the forward without a graph, so no gradient flows through that tensor. Return "
+            "it, or use CheckpointImpl.NO_REENTRANT; ignore this if it needs no gradient.",
+        )
+
     def warn_nothing_to_offload(self) -> None:
         """Say once that a policy offloads what is on the host."""
         self.experience.warn_once(

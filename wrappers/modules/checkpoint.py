@@ -257,10 +257,12 @@ def checkpoint_wrapper(
 
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether a module is checkpointed already: by our wrapper, in place, or by torch's wrapper."""
-    is_by_torch = any(
-        _torch.is_torch_wrapper(face) and "checkpoint_fn" in vars(face) for face in faces(module)
-    )
-    return is_by_torch or has_layer(module, _Checkpointing)
+    return any(map(is_torch_checkpoint, faces(module))) or has_layer(module, _Checkpointing)
+
+
+def is_torch_checkpoint(module: nn.Module) -> bool:
+    """Whether a module is torch's wrapper for activation checkpointing, not the offloading one."""
+    return _torch.is_torch_wrapper(module) and "checkpoint_fn" in vars(module)
 
 
 def _described(module: nn.Module) -> str:
