@@ -12,6 +12,7 @@ from torch.overrides import _len_torch_function_stack
 from torch.utils import _device
 
 import wrappers
+from tests.distributed import matrix
 from wrappers.engine import region
 
 _AUTOCAST_TYPES = ("cpu", "cuda")
@@ -67,3 +68,18 @@ def seeded():
     yield
     torch.set_rng_state(before[0])
     random.setstate(before[1])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the composition matrix as far as the tests have run its cells."""
+    found = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "matrix cell":
+                    cell, outcome = tuple(value[:3]), value[3]
+                    has_failed = report.failed or found.get(cell) == "FAILED"
+                    found[cell] = "FAILED" if has_failed else outcome
+    if found:
+        terminalreporter.section("composition matrix")
+        terminalreporter.write(matrix.render(found))

@@ -1,13 +1,13 @@
-"""Two processes in one gloo process group that stay alive and run functions for the tests.
+"""Processes in one gloo process group that stay alive and run functions for the tests.
 
-    test process                          rank 0, rank 1
-    ------------                          --------------
-    ranks(function, *args)  --pipe-->     function(*args), collectives between the two
+    test process                          rank 0, rank 1, ...
+    ------------                          -------------------
+    ranks(function, *args)  --pipe-->     function(*args), collectives between all
     [result of 0, of 1]     <--pipe--     result, or the traceback as text
 
 Starting a process that imports torch takes seconds, running a tiny model takes milliseconds, so
 the processes are started once. If one does not answer, because it died or hangs in a collective
-that the other never joins, both are ended, and the next call starts new ones.
+that another never joins, all are ended, and the next call starts new ones.
 
 The group meets through a file and talks over the loopback interface: no port is chosen and no
 host name is resolved. Functions travel by name, so they must stand at the top of a test module;
@@ -33,7 +33,7 @@ from typing import Any
 WORLD_SIZE = 2
 START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 60.0
-#: What a rank gets to fail in its own words after the other has failed.
+#: What a rank gets to fail in its own words after another has failed.
 _GRACE_S = 1.0
 
 _ENVIRONMENT = {
@@ -53,10 +53,12 @@ class Ranks:
 
     Args:
         folder: For the file through which the processes meet, and their stacks when they hang.
+        world_size: The number of processes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world_size: int = WORLD_SIZE) -> None:
         self._folder = folder
+        self.world_size = world_size
         self._num_starts = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -79,11 +81,11 @@ class Ranks:
     def _start(self) -> None:
         self._num_starts += 1
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORLD_SIZE):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, theirs, self._folder, self._num_starts),
+                args=(rank, self.world_size, theirs, self._folder, self._num_starts),
                 daemon=True,
             )
             process.start()
@@ -96,10 +98,10 @@ class Ranks:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout_s
-        while len(results) + len(failures) < WORLD_SIZE:
+        while len(results) + len(failures) < self.world_size:
             open_pipes = {
                 self._pipes[rank]: rank
-                for rank in range(WORLD_SIZE)
+                for rank in range(self.world_size)
                 if rank not in results and rank not in failures
             }
             ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
@@ -115,16 +117,18 @@ class Ranks:
                 (results if is_good else failures)[rank] = value
             if failures:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
-        if len(results) == WORLD_SIZE:
-            return [results[rank] for rank in range(WORLD_SIZE)]
-        silent = set(range(WORLD_SIZE)) - results.keys() - failures.keys()
+        if len(results) == self.world_size:
+            return [results[rank] for rank in range(self.world_size)]
+        silent = set(range(self.world_size)) - results.keys() - failures.keys()
         for rank in silent:
-            waited = "still running after the other rank had failed"
+            waited = "still running after another rank had failed"
             failures[rank] = waited if failures else self._stack(rank, timeout_s)
         if silent or not all(process.is_alive() for process in self._processes):
             self.close()
         text = "\n".join(f"--- rank {rank}: {failures[rank]}" for rank in sorted(failures))
-        raise RankFailedError(f"{what} failed in {len(failures)} of {WORLD_SIZE} ranks\n{text}")
+        raise RankFailedError(
+            f"{what} failed in {len(failures)} of {self.world_size} ranks\n{text}"
+        )
 
     def _stack(self, rank: int, timeout_s: float) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -149,7 +153,7 @@ def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}"
 
 
-def _serve(rank: int, pipe: Connection, folder: Path, num_starts: int) -> None:
+def _serve(rank: int, world_size: int, pipe: Connection, folder: Path, num_starts: int) -> None:
     os.environ.update(_ENVIRONMENT)
     import torch
     from torch import distributed as dist
@@ -159,7 +163,7 @@ def _serve(rank: int, pipe: Connection, folder: Path, num_starts: int) -> None:
         "gloo",
         init_method=f"file://{folder}/meet-{num_starts}",
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=world_size,
         timeout=datetime.timedelta(seconds=CALL_TIMEOUT_S),
     )
     dist.barrier()

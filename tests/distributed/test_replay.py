@@ -59,6 +59,7 @@ from wrappers import (
     CheckpointPolicy,
     apply_activation_checkpointing,
     checkpoint_wrapper,
+    region_report,
 )
 from wrappers.policies import recompute_all, save_matmuls
 
@@ -665,6 +666,19 @@ def test_a_region_around_an_fsdp_module_is_rerun_and_says_why(ranks, preset, ste
         for index, text in enumerate(got.warnings):
             assert text.startswith(f"region `blocks.{index}` is rerun from now on")
             assert "an FSDP module inside moves its parameters" in text
+
+
+def reported():
+    model = shard(make_model(), "outside", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they fall back
+        one_step(model, dist.get_rank())
+    return [(row.fqn, row.impl.name, bool(row.reason)) for row in region_report(model).rows]
+
+
+def test_regions_around_fsdp_modules_are_in_the_report(ranks):
+    rows = [(f"blocks.{index}", "NO_REENTRANT", True) for index in range(NUM_BLOCKS)]
+    assert ranks(reported) == [rows, rows]
 
 
 # --- DDP --------------------------------------------------------------------------------------
