@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 import re
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wrappers.policies as presets
+import wrappers.state
 from scripts.bench import offload_timeline
 from scripts.model import GPT, Block, GPTConfig
+from tests.distributed import matrix
 from tests.engine.helpers import assert_equal, leaf
 from wrappers import (
     CheckpointImpl,
@@ -194,7 +197,7 @@ def test_the_examples_of_the_page_print_what_it_says(names, page, capsys):
 
 
 def test_the_readmes_example_of_a_policy(names, capsys):
-    code, _ = examples(README, "py")
+    code, _, _ = examples(README, "py")
     exec(code, names)
     assert "blocks.1" in capsys.readouterr().out
     rows = region_report(names["model"]).rows
@@ -223,7 +226,7 @@ def fresh_offloading():
 
 
 def test_the_readmes_example_of_offloading(names, capsys, fresh_offloading):
-    _, code = examples(README, "py")
+    _, code, _ = examples(README, "py")
     with SimulatedTransport(bandwidth_bytes_per_s=float("inf"), latency_s=0):
         exec(code, names)
     assert re.search(r"^host +24.0 MiB ", capsys.readouterr().out, re.MULTILINE)
@@ -504,3 +507,40 @@ def test_nothing_is_offloaded_and_nothing_said(how, fresh_offloading):
             with torch.no_grad():
                 model(torch.zeros(1, 4, dtype=torch.int64))
         assert offload_stats().tiers == ()
+
+
+# --- docs/composition.md, docs/state.md ---------------------------------------------------------
+
+
+def test_the_matrix_is_that_of_the_tests():
+    page = (ROOT / "docs/composition.md").read_text()
+    table = page.partition("<!-- matrix -->\n\n")[2].partition("\n## ")[0]
+    assert table == matrix.render()
+
+
+def test_the_example_of_the_state_page_runs_and_goes_on_where_it_stopped(tmp_path):
+    page = (ROOT / "docs/state.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    tokens = torch.zeros(BATCH, CONFIG.seq_len, dtype=torch.long)
+    names = {"GPT": GPT, "Block": Block, "config": CONFIG, "tokens": tokens, "folder": tmp_path}
+    exec(example, names)
+    kept = ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    shutil.rmtree(tmp_path / kept[1])
+    interrupted = dict(names)
+    exec(example, interrupted)
+    assert interrupted["step"] == 3
+    assert interrupted["scheduler"].last_epoch == 4
+    found, expected = (each["model"].state_dict() for each in (interrupted, names))
+    assert list(found) == list(expected)
+    assert_equal(found.values(), expected.values())
+
+
+def test_the_readmes_example_of_state_checkpoints(tmp_path, monkeypatch):
+    _, _, example = examples(README, "py")
+    monkeypatch.chdir(tmp_path)
+    model = GPT(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        exec(example, {"model": model, "optimizer": optimizer})
+        assert wrappers.state.latest("runs/a") == tmp_path / f"runs/a/step-{step:08}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,9 @@ from wrappers import (
     is_recomputing,
     offload_stats,
     offload_wrapper,
+    state,
 )
+from wrappers.select import by_class
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,3 +168,41 @@ def test_offloaded_activations_leave_the_device(model, on_checkpoint):
         del out
     # The last of the three blocks stays, as backward wants it at once.
     assert used[1] < 0.5 * used[0]
+
+
+def stepped(model, optimizer):
+    """One step with the random state as it is; what it leaves of the parameters."""
+    out = model(torch.randn(2, 32, 64, device="cuda"))
+    out.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("layout", ["dcp", "safetensors"])
+@pytest.mark.parametrize("save", [state.save, state.async_save])
+def test_a_state_checkpoint_goes_on_where_it_was(model, tmp_path, save, layout):
+    other = copy.deepcopy(model)
+    apply_activation_checkpointing(model, check_fn=by_class(Block))
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer)
+    saved = save(tmp_path / "state", model, optimizer, layout=layout)
+    expected = stepped(model, optimizer)
+    if isinstance(saved, state.AsyncSave):
+        saved.result()
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    state.load(tmp_path / "state", other, other_optimizer)
+    for got, wanted in zip(stepped(other, other_optimizer), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_main_job_over_nccl(tmp_path):
+    losses = {}
+    for impl in ("none", "reentrant", "no_reentrant"):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+        command += ["scripts/train.py", f"--impl={impl}", "--steps=3", "--layers=2"]
+        command += [f"--json={tmp_path / impl}"]
+        root = Path(__file__).parents[1]
+        subprocess.run([sys.executable, *command], cwd=root, check=True, timeout=300)
+        losses[impl] = json.loads((tmp_path / impl).read_text())["loss"]
+    assert losses["reentrant"] == losses["no_reentrant"] == losses["none"]

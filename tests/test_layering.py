@@ -60,6 +60,17 @@ ORDER = {
     ],
     "offload": ["pool", "scheduler", "stats", "transfer", "simulated", "disk", "store", "hooks"],
     "modules": ["base", "checkpoint", "offload"],
+    "state": [
+        "faults",
+        "files",
+        "plain",
+        "pickles",
+        "contents",
+        "safetensors_layout",
+        "storage",
+        "api",
+    ],
+    "integrations": ["_blocks", "accelerate", "lightning", "transformers"],
 }
 
 FILES = sorted(p for p in ROOT.rglob("*.py"))
