@@ -8,6 +8,13 @@ Every block is wrapped first and sharded afterwards, so that FSDP's hooks stand 
 a recompute finds the parameters gathered. Two runs that differ in `--impl`, `--inplace` or
 `--policy` alone print the same loss to the last digit, dropout included; that is the point.
 
+So does a run whose workers were killed on the way, if it saves and resumes:
+
+    torchrun --nproc-per-node 2 --max-restarts 2 scripts/train.py --save runs/a --resume
+
+torchrun ends and restarts all workers where one dies, and each goes on from the newest state
+checkpoint. A worker that raises leaves its traceback to torchrun, which names it as the cause.
+
 After training the job repeats the step twice outside the record, once under the allocator's events
 for peak memory and once under the FLOP counter, so that neither disturbs loss or step time.
 """
@@ -21,46 +28,26 @@ import json
 import os
 import pydoc_data.topics
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn import functional as F
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
 from scripts.measure import MemoryTimeline, count_flops, memory_timeline, peak_activation_bytes
-from scripts.model import GPT, VOCAB_SIZE, Block, GPTConfig
-from wrappers import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    create_selective_checkpoint_contexts,
-    offload_wrapper,
-)
-
-#: How the activations of a block wait for backward: not at all, as little as a recompute needs, or
-#: in a file.
-IMPLS = ("none", "reentrant", "no_reentrant", "offload_disk")
+from scripts.model import GPTConfig
+from scripts.trainer import DTYPES, IMPLS, POLICIES, Trainer
+from wrappers import state
 
 #: glibc maps blocks of this size on their own, once it is told.
 MAPPED_BYTES = 64 * 1024
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Operators whose outputs each policy keeps; all others are recomputed.
-POLICIES = {
-    "recompute_all": None,
-    "save_matmuls": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
-}
 
 
 @dataclass(frozen=True)
@@ -117,11 +104,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="directory for state checkpoints")
+    parser.add_argument(
+        "--save-every", type=int, help="steps between two of them, default 10; one at the end"
+    )
+    parser.add_argument("--keep-last", type=int, help="how many of them stay, default 2")
+    parser.add_argument("--resume", action="store_true", help="from the newest one in --save")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument(
         "--memory-trace", action="store_true", help="add one step's memory timeline to --json"
     )
     args = parser.parse_args(argv)
+    check_options(parser, args)
+    try:
+        args.model = GPTConfig(args.layers, args.d_model, args.heads, args.seq, args.dropout)
+        args.tokens = load_tokens(args.text, min_bytes=args.seq + 1)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with argparse's error where options contradict each other or cannot be."""
     if args.impl == "none" and args.inplace:
         parser.error("--inplace needs an --impl to put in place, got --impl none")
     if args.impl != "no_reentrant" and args.policy != "recompute_all":
@@ -136,12 +140,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 2 (the first one is not timed), got {args.steps}")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
-    try:
-        args.model = GPTConfig(args.layers, args.d_model, args.heads, args.seq, args.dropout)
-        args.tokens = load_tokens(args.text, min_bytes=args.seq + 1)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    check_saving(parser, args)
+
+
+def check_saving(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The same for the options of state checkpoints; fills in their defaults."""
+    for option, default in (("save_every", 10), ("keep_last", 2)):
+        value = getattr(args, option)
+        if value is None:
+            setattr(args, option, default)
+        elif value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+        elif args.save is None:
+            parser.error(f"--{option.replace('_', '-')} needs --save DIR to save to")
+    if args.resume and args.save is None:
+        parser.error("--resume needs --save DIR to resume from")
+    if args.save is not None and not args.resume:
+        found = state.latest(args.save)
+        if found is not None:
+            parser.error(
+                f"{found} is there already: go on from it with --resume, or save elsewhere"
+            )
 
 
 def load_tokens(path: Path | None, min_bytes: int) -> Tensor:
@@ -161,6 +180,9 @@ def load_tokens(path: Path | None, min_bytes: int) -> Tensor:
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group, or make one of this process alone; yields the device.
+
+    Where the caller raises, the group is left as it is: to end it could mean to wait for the other
+    ranks, which may wait in a collective for this one. They end with this process.
 
     Raises:
         RuntimeError: if this machine has GPUs, but fewer than processes.
@@ -182,32 +204,19 @@ def process_group() -> Iterator[torch.device]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
+        store, rank, world_size = next(rendezvous("env://"))
+        # torchrun has one store for all attempts. Without a prefix, workers that it has restarted
+        # may find the addresses of killed ones there (torch 2.13).
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    try:
-        yield device
-        # Gloo's threads let go of the last collective's tensors after we have its result. One
-        # that does so while Python shuts down aborts the process, so give them a round trip.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def wrapping(args: argparse.Namespace) -> dict[str, Any]:
-    """What `apply_activation_checkpointing` wraps the blocks with."""
-    if args.impl == "offload_disk":
-        return {
-            "checkpoint_wrapper_fn": offload_wrapper,
-            "tier": "disk",
-            "directory": args.directory or tempfile.gettempdir(),
-            "max_inflight_bytes": int(args.max_inflight_mib * 2**20),
-        }
-    options: dict[str, Any] = {"impl": CheckpointImpl[args.impl.upper()]}
-    saved_operators = POLICIES[args.policy]
-    if saved_operators is not None:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, saved_operators)
-    return options
+    yield device
+    # Gloo's threads let go of the last collective's tensors after we have its result. One
+    # that does so while Python shuts down aborts the process, so give them a round trip.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def map_large_blocks() -> None:
@@ -221,69 +230,13 @@ def map_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Build the model, wrap its blocks, then shard blocks and root over all ranks."""
-    torch.manual_seed(args.seed)
-    model = GPT(args.model).to(device)
-    if args.impl != "none":
-        apply_activation_checkpointing(
-            model,
-            check_fn=lambda module: isinstance(module, Block),
-            inplace=args.inplace,
-            **wrapping(args),
-        )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    mixed = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
-    return model
+def train(trainer: Trainer, args: argparse.Namespace) -> float:
+    """Take the steps that are left, under a progress bar, and save; returns the median step ms.
 
-
-class Trainer:
-    """One rank's share of the training: its model, its optimizer and its stream of batches."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.model = build_model(args, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
-        self.tokens: Tensor = args.tokens
-        self.batch_size: int = args.batch
-        self.seq_len: int = args.seq
-        self.device = device
-        # Each rank draws batches of its own, and masks of its own for dropout.
-        self.generator = torch.Generator().manual_seed(args.seed + 1 + dist.get_rank())
-        torch.manual_seed(args.seed + 1 + dist.get_rank())
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Draw sequences at random places; the targets are the same bytes, one later."""
-        starts = torch.randint(
-            len(self.tokens) - self.seq_len, (self.batch_size, 1), generator=self.generator
-        )
-        window = self.tokens[starts + torch.arange(self.seq_len + 1)].long().to(self.device)
-        return window[:, :-1], window[:, 1:]
-
-    def step(self) -> Tensor:
-        """Train on one batch; returns the loss before the update, averaged over all ranks."""
-        inputs, targets = self.next_batch()
-        logits = self.model(inputs)
-        loss = F.cross_entropy(logits.float().view(-1, VOCAB_SIZE), targets.reshape(-1))
-        # The record goes on to use its graph-free copy, so that no activation outlives backward.
-        mean_loss = loss.detach().clone()
-        loss.backward()
-        del logits, loss
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        dist.all_reduce(mean_loss)
-        return mean_loss / dist.get_world_size()
-
-
-def train(trainer: Trainer, num_steps: int) -> tuple[float, float]:
-    """Take `num_steps` steps under a progress bar; returns the last loss and median step ms.
-
-    The first step builds the optimizer's state and is left out of the median.
+    The first step builds the optimizer's state and is left out of the median, which is NaN where
+    fewer than two steps were left.
     """
     step_ms: list[float] = []
-    loss = float("nan")
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -291,19 +244,35 @@ def train(trainer: Trainer, num_steps: int) -> tuple[float, float]:
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[ms]:.0f} ms a step"),
     )
     with Progress(*columns, disable=dist.get_rank() != 0) as progress:
-        task = progress.add_task("train", total=num_steps, loss=loss, ms=float("nan"))
-        for _ in range(num_steps):
+        task = progress.add_task(
+            "train",
+            total=args.steps,
+            completed=trainer.num_steps,
+            loss=trainer.loss,
+            ms=float("nan"),
+        )
+        while trainer.num_steps < args.steps:
             start = time.perf_counter()
-            loss = trainer.step().item()  # waits for the device
+            trainer.step()
             step_ms.append((time.perf_counter() - start) * 1e3)
-            progress.update(task, advance=1, loss=loss, ms=step_ms[-1])
-    return loss, statistics.median(step_ms[1:])
+            progress.update(task, advance=1, loss=trainer.loss, ms=step_ms[-1])
+            is_due = trainer.num_steps % args.save_every == 0 or trainer.num_steps == args.steps
+            if args.save is not None and is_due:
+                trainer.save(args.save, args.keep_last)
+    return statistics.median(step_ms[1:] or [float("nan")])
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Result:
-    """Train, then measure one more step for its memory and one for its FLOPs."""
+    """Train, from a state checkpoint if so told, then measure a step's memory and FLOPs."""
     trainer = Trainer(args, device)
-    loss, step_ms = train(trainer, args.steps)
+    if args.resume:
+        resumed = trainer.resume(args.save)
+        if dist.get_rank() == 0:
+            print(f"resumed from {resumed}" if resumed else f"{args.save}: nothing to resume from")
+        if trainer.num_steps > args.steps:
+            raise ValueError(f"{resumed} is beyond --steps {args.steps}, there is nothing to do")
+    step_ms = train(trainer, args)
+    loss = trainer.loss
     map_large_blocks()
     timeline = MemoryTimeline([], [])
     if args.memory_trace:
@@ -325,6 +294,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Result:
     )
 
 
+@record
 def main() -> None:
     """Run the job; rank 0 prints the result and writes it to `--json`."""
     args = parse_args()
