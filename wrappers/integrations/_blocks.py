@@ -9,18 +9,37 @@ recomputed twice, so of nested modules only the outermost is a block here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from wrappers.modules.base import plain_module
 
-__all__ = ["no_split_names", "outermost_named"]
+__all__ = ["no_split_blocks", "no_split_names", "outermost_named"]
 
 
 def no_split_names(model: nn.Module) -> frozenset[str]:
     """Names of the classes that a model, or a part of it, lists in ``_no_split_modules``."""
     listed = (getattr(module, "_no_split_modules", None) for module in model.modules())
     return frozenset(name for names in listed for name in names or ())
+
+
+def no_split_blocks(model: nn.Module, others: str) -> dict[str, Any]:
+    """What chooses the blocks of ``_no_split_modules``, for ``apply_activation_checkpointing``.
+
+    Args:
+        model: The model, a part of which may have the list.
+        others: Who else could have named the blocks and has not, for the error.
+
+    Raises:
+        ValueError: There is no such list.
+    """
+    if names := no_split_names(model):
+        return {"check_fn": outermost_named(model, names)}
+    raise ValueError(
+        f"nothing says which modules of this {type(model).__name__} are its blocks: {others} and "
+        "the model has no _no_split_modules. Pass check_fn, such as wrappers.select.by_class(Block)"
+    )
 
 
 def outermost_named(model: nn.Module, names: Iterable[str]) -> Callable[[nn.Module], bool]:

@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 
 from wrappers.apply import ApplyReport, apply_activation_checkpointing
-from wrappers.integrations._blocks import no_split_names, outermost_named
+from wrappers.integrations._blocks import no_split_blocks, outermost_named
 from wrappers.select import ModuleTest
 
 try:
@@ -95,13 +95,7 @@ def _blocks(plugin: FullyShardedDataParallelPlugin | None, model: nn.Module) -> 
         return {"check_fn": outermost_named(model, plugin.transformer_cls_names_to_wrap)}
     if plugin is not None and _says_which(plugin.auto_wrap_policy):
         return {"auto_wrap_policy": plugin.auto_wrap_policy}
-    if names := no_split_names(model):
-        return {"check_fn": outermost_named(model, names)}
-    raise ValueError(
-        f"nothing says which modules of this {type(model).__name__} are its blocks: the FSDP "
-        "plugin names no classes and the model has no _no_split_modules. Pass check_fn, such as "
-        "wrappers.select.by_class(Block)"
-    )
+    return no_split_blocks(model, "the FSDP plugin names no classes")
 
 
 def _says_which(policy: Any) -> bool:

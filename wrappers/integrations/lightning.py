@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from wrappers.apply import ApplyReport, apply_activation_checkpointing
-from wrappers.integrations._blocks import no_split_names, outermost_named
+from wrappers.integrations._blocks import no_split_blocks
 from wrappers.select import ModuleTest
 
 try:
@@ -88,7 +88,9 @@ def enable(
             "before fabric.setup"
         )
     own = getattr(runner.strategy, _OWN_CHOICE, {})
-    choice = {"check_fn": check_fn} if check_fn is not None else own or _named_blocks(model)
+    choice: dict[str, Any] = {"check_fn": check_fn} if check_fn is not None else own
+    if not choice:
+        choice = no_split_blocks(model, "the strategy has no activation_checkpointing_policy")
     report = apply_activation_checkpointing(model, inplace=True, **choice, **settings)
     if report.wrapped or report.skipped:
         _turn_off_own(runner)
@@ -108,17 +110,6 @@ def _turn_off_own(runner: Fabric | Trainer) -> None:
             "wrappers.integrations.lightning.",
             stacklevel=3,
         )
-
-
-def _named_blocks(model: nn.Module) -> dict[str, Any]:
-    """What chooses the blocks, as an argument of ``apply_activation_checkpointing``."""
-    if names := no_split_names(model):
-        return {"check_fn": outermost_named(model, names)}
-    raise ValueError(
-        f"nothing says which modules of this {type(model).__name__} are its blocks: the strategy "
-        "has no activation_checkpointing_policy and the model no _no_split_modules. Pass check_fn, "
-        "such as wrappers.select.by_class(Block)"
-    )
 
 
 class ActivationCheckpointing(Callback):

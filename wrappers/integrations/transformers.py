@@ -44,6 +44,7 @@ from wrappers.apply import (
     remove_activation_checkpointing,
 )
 from wrappers.errors import WrapperError
+from wrappers.integrations._blocks import no_split_names
 from wrappers.modules.base import has_layer, plain_module, require_module
 from wrappers.modules.checkpoint import CheckpointForward, CheckpointWrapper, is_torch_checkpoint
 from wrappers.modules.offload import offload_wrapper
@@ -172,7 +173,7 @@ def _find_blocks(model: nn.Module) -> dict[nn.Module, str]:
     modules = dict(plain_modules(model))
     found = {fqn: m for fqn, m in modules.items() if fqn and _is_block(m)}
     if not found:
-        names = {n for m in modules.values() for n in getattr(m, "_no_split_modules", None) or ()}
+        names = no_split_names(model)
         repeated = (nn.ModuleList, nn.Sequential)
         found = {
             fqn: module
