@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +27,12 @@ import wrappers.integrations.accelerate as integration
 from scripts.model import GPT, Block, GPTConfig
 from scripts.train_accelerate import Result, Windows, parse_args
 from tests.integrations.accelerate_job import NUM_STEPS, RUNS, SIZES
+from tests.integrations.launching import launch
 from wrappers import CheckpointImpl, offload_wrapper
 from wrappers.integrations.accelerate import enable
 from wrappers.policies import save_matmuls
 from wrappers.select import by_class
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ("fsdp2", "ddp")
 LAYERS, BATCHES = 3, 2 * NUM_STEPS
 CONFIG = GPTConfig(num_layers=LAYERS, d_model=32, num_heads=2, seq_len=32)
@@ -44,25 +41,11 @@ CONFIG = GPTConfig(num_layers=LAYERS, d_model=32, num_heads=2, seq_len=32)
 # --- Two processes, started by `accelerate launch`
 
 
-def launch(config: str, *command: str) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", f"scripts/accelerate_{config}.yaml", *command),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+def start(config: str, *command: str) -> None:
+    launch(
+        "accelerate.commands.launch",
+        *("--config_file", f"scripts/accelerate_{config}.yaml", *command),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +55,7 @@ def job(tmp_path_factory):
     @functools.cache
     def job(config):
         folder = tmp_path_factory.mktemp(config)
-        launch(config, "tests/integrations/accelerate_job.py", str(folder))
+        start(config, "tests/integrations/accelerate_job.py", str(folder))
         return folder, json.loads((folder / "results.json").read_text())
 
     return job
@@ -99,7 +82,7 @@ def test_losses_are_those_of_the_plain_model_and_the_blocks_are_recomputed(confi
 def test_the_script_has_the_losses_of_the_plain_model_to_the_last_digit(config, job, tmp_path):
     path = tmp_path / "result.json"
     options = [*SIZES, f"--steps={NUM_STEPS}", *RUNS["no_reentrant"], "--json", str(path)]
-    launch(config, "scripts/train_accelerate.py", *options)
+    start(config, "scripts/train_accelerate.py", *options)
     result = Result(**json.loads(path.read_text()))
     _, results = job(config)
     assert result.losses == results["none"]["losses"]

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import wrappers.integrations.lightning as integration
 from scripts.model import GPT, Attention, Block
+from tests.integrations.launching import launch
 from tests.integrations.lightning_job import (
     CONFIG,
     IMPLS,
@@ -39,7 +37,6 @@ from wrappers.select import by_class
 # What lightning 2.6.6 does to torch 2.13 whenever a fit begins.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 
-ROOT = Path(__file__).parents[2]
 LAYERS = CONFIG.num_layers
 FORWARDS = LAYERS * NUM_STEPS
 NO_REENTRANT = {"impl": CheckpointImpl.NO_REENTRANT}
@@ -51,25 +48,11 @@ NO_REENTRANT = {"impl": CheckpointImpl.NO_REENTRANT}
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
-            *("tests/integrations/lightning_job.py", str(folder)),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    launch(
+        "torch.distributed.run",
+        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
+        *("tests/integrations/lightning_job.py", str(folder)),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
 
 

@@ -209,6 +209,17 @@ def test_the_undamaged_one_loads_and_its_files_are_known(ranks, saved):
             assert name.endswith((".safetensors", ".json"))
 
 
+def check_cases(ranks, cases):
+    """Each case is an error that names its file, in one process, in both of two, and in verify."""
+    paths = [path for path, _ in cases.names.values()]
+    alone, (rank0, rank1) = try_to_load(paths), ranks(try_to_load, paths)
+    for (case, (path, name)), *found in zip(cases.names.items(), alone, rank0, rank1, strict=True):
+        for errors in found:
+            assert errors is not None, f"{case} was loaded"
+            check_errors(path, name, errors)
+        check_verify(path, name)
+
+
 def test_damaged_files(ranks, cases):
     """Every kind of damage to every file, loaded by one process, and by two."""
     names = data_files(cases.original / "step-2")
@@ -219,13 +230,8 @@ def test_damaged_files(ranks, cases):
                 continue
             cases.add((what, name), damage, name)
     assert any(what == "of another checkpoint" for what, _ in cases.names)
-    paths = [path for path, _ in cases.names.values()]
-    alone, (rank0, rank1) = try_to_load(paths), ranks(try_to_load, paths)
-    for (case, (path, name)), *found in zip(cases.names.items(), alone, rank0, rank1, strict=True):
-        for errors in found:
-            assert errors is not None, f"{case} was loaded"
-            check_errors(path, name, errors)
-        check_verify(path, name)
+    check_cases(ranks, cases)
+    for case, (path, _) in cases.names.items():
         if DAMAGES[case[0]][1]:
             assert state.latest(path.parent) == path.parent / "step-1", case
 
@@ -309,13 +315,8 @@ MANIFEST_DAMAGES = {
 def test_a_damaged_manifest(ranks, cases):
     for what, damage in MANIFEST_DAMAGES.items():
         cases.add(what, damage, MANIFEST)
-    paths = [path for path, _ in cases.names.values()]
-    alone, (rank0, rank1) = try_to_load(paths), ranks(try_to_load, paths)
-    for (case, (path, name)), *found in zip(cases.names.items(), alone, rank0, rank1, strict=True):
-        for errors in found:
-            assert errors is not None, f"{case} was loaded"
-            check_errors(path, name, errors)
-        check_verify(path, name)
+    check_cases(ranks, cases)
+    for case, (path, _) in cases.names.items():
         assert state.latest(path.parent) == path.parent / "step-1", case
 
 
