@@ -94,34 +94,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="memory of what is on its way to the file, and of what is on its way back",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation")
-    parser.add_argument("--text", type=Path, help="default: the topics of Python's own help")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step on each rank")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    add_job_options(parser)
     parser.add_argument("--save", type=Path, help="directory for state checkpoints")
     parser.add_argument(
         "--save-every", type=int, help="steps between two of them, default 10; one at the end"
     )
     parser.add_argument("--keep-last", type=int, help="how many of them stay, default 2")
     parser.add_argument("--resume", action="store_true", help="from the newest one in --save")
-    parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument(
         "--memory-trace", action="store_true", help="add one step's memory timeline to --json"
     )
     args = parser.parse_args(argv)
     check_options(parser, args)
+    read_job(parser, args)
+    return args
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is trained, and on what: the model's sizes, the text, the steps."""
+    parser.add_argument("--text", type=Path, help="default: the topics of Python's own help")
+    parser.add_argument("--steps", type=int, default=20, help="of the optimizer, in all")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a batch of each rank")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the result here")
+
+
+def read_job(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put the model's configuration and the text into ``args``, or end with argparse's error."""
     try:
         args.model = GPTConfig(args.layers, args.d_model, args.heads, args.seq, args.dropout)
         args.tokens = load_tokens(args.text, min_bytes=args.seq + 1)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return args
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

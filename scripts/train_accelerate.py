@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.model import GPT, VOCAB_SIZE, Block, GPTConfig
-from scripts.train import load_tokens
+from scripts.model import GPT, VOCAB_SIZE, Block
+from scripts.train import add_job_options, read_job
 from wrappers import ApplyReport, CheckpointImpl
 from wrappers.integrations.accelerate import enable
 from wrappers.policies import save_matmuls
@@ -60,20 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--impl", choices=IMPLS, default="no_reentrant")
     parser.add_argument("--policy", choices=POLICIES, default="recompute_all")
-    parser.add_argument("--text", type=Path, help="default: the topics of Python's own help")
-    parser.add_argument("--steps", type=int, default=20, help="of the optimizer, in all")
+    add_job_options(parser)
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a process's batch")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="write accelerate's state here at the end")
     parser.add_argument("--resume", type=Path, help="go on from the state in this folder")
-    parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     if args.impl != "replay" and args.policy != "recompute_all":
         parser.error(f"--policy {args.policy} needs --impl replay, got --impl {args.impl}")
@@ -82,11 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.resume is not None and not args.resume.is_dir():
         parser.error(f"--resume {args.resume}: no such folder")
-    try:
-        args.model = GPTConfig(args.layers, args.d_model, args.heads, args.seq, args.dropout)
-        args.tokens = load_tokens(args.text, min_bytes=args.seq + 1)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    read_job(parser, args)
     return args
 
 
