@@ -6,8 +6,9 @@
     [result of 0, of 1]     <--pipe--     result, or the traceback as text
 
 Starting a process that imports torch takes seconds, running a tiny model takes milliseconds, so
-the processes are started once. If one does not answer, because it died or hangs in a collective
-that another never joins, all are ended, and the next call starts new ones.
+the processes are started once, where possible as forks of a server that has imported it. If one
+does not answer, because it died or hangs in a collective that another never joins, all are ended,
+and the next call starts new ones.
 
 The group meets through a file and talks over the loopback interface: no port is chosen and no
 host name is resolved. Functions travel by name, so they must stand at the top of a test module;
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -33,6 +35,14 @@ from typing import Any
 WORLD_SIZE = 2
 START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 60.0
+#: What most functions that ranks run import, and what torch imports as they run.
+_PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "wrappers.state",
+]
 #: What a rank gets to fail in its own words after another has failed.
 _GRACE_S = 1.0
 
@@ -80,7 +90,7 @@ class Ranks:
 
     def _start(self) -> None:
         self._num_starts += 1
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -149,6 +159,15 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
+def _context() -> Any:
+    """How processes are started: as forks of a process of this pytest's own that has no threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}"
 
@@ -159,6 +178,7 @@ def _serve(rank: int, world_size: int, pipe: Connection, folder: Path, num_start
     from torch import distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # What is imported need not be looked at by each collection.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet-{num_starts}",

@@ -43,11 +43,9 @@ each_stop = pytest.mark.parametrize("early_stop", [True, False])
 @pytest.fixture(autouse=True)
 def _without_collector():
     gc.collect()
-    gc.freeze()  # What exists already need not be looked at again and again.
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture

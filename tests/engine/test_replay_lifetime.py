@@ -37,14 +37,12 @@ each_verify = pytest.mark.parametrize("verify", ["first", "never"])
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _frozen():
-    """What exists already need not be looked at again and again."""
-    with Results():  # The first mode imports the compiler, whose import leaves cycles.
+def _compiler():
+    """The first mode imports the compiler, whose import leaves cycles."""
+    with Results():
         torch.ones(1).sin()
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -41,21 +41,27 @@ CONFIG = GPTConfig(num_layers=LAYERS, d_model=32, num_heads=2, seq_len=32)
 # --- Two processes, started by `accelerate launch`
 
 
-def start(config: str, *command: str) -> None:
-    launch(
-        "accelerate.commands.launch",
-        *("--config_file", f"scripts/accelerate_{config}.yaml", *command),
-    )
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Starts the job of a config once; gives its folder, and the results with their names."""
+    """Launches a config once, for the job and the script as a user starts it.
+
+    Gives their folder, and the job's results with their names.
+    """
 
     @functools.cache
     def job(config):
         folder = tmp_path_factory.mktemp(config)
-        start(config, "tests/integrations/accelerate_job.py", str(folder))
+        options = [*SIZES, f"--steps={NUM_STEPS}", *RUNS["no_reentrant"]]
+        options += ["--json", str(folder / "script.json")]
+        commands = [
+            [str(folder), "tests/integrations/accelerate_job.py", str(folder)],
+            [str(folder), "scripts/train_accelerate.py", *options],
+        ]
+        launch(
+            "accelerate.commands.launch",
+            *("--config_file", f"scripts/accelerate_{config}.yaml"),
+            *("tests/forks.py", json.dumps(commands)),
+        )
         return folder, json.loads((folder / "results.json").read_text())
 
     return job
@@ -79,12 +85,9 @@ def test_losses_are_those_of_the_plain_model_and_the_blocks_are_recomputed(confi
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_script_has_the_losses_of_the_plain_model_to_the_last_digit(config, job, tmp_path):
-    path = tmp_path / "result.json"
-    options = [*SIZES, f"--steps={NUM_STEPS}", *RUNS["no_reentrant"], "--json", str(path)]
-    start(config, "scripts/train_accelerate.py", *options)
-    result = Result(**json.loads(path.read_text()))
-    _, results = job(config)
+def test_the_script_has_the_losses_of_the_plain_model_to_the_last_digit(config, job):
+    folder, results = job(config)
+    result = Result(**json.loads((folder / "script.json").read_text()))
     assert result.losses == results["none"]["losses"]
     assert len(result.losses) == BATCHES
     assert result.world_size == 2

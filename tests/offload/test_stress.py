@@ -34,19 +34,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _frozen():
-    """What each test finds need not be looked at again and again; see ``_fresh``."""
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, seeded):
     monkeypatch.setattr(_knobs, "OFFLOAD_SLAB_BYTES", 1 << 16)
     reset_offloading()
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # What a test finds need not be looked at again and again.
     yield
     reset_offloading()
 

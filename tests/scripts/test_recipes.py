@@ -1,12 +1,14 @@
 """The recipes run as their docstrings say, and docs/recipes.md shows them as they are.
 
-Each is started twice, as it is and with ``--plain``, which leaves activation checkpointing out:
-the losses that it prints must be the same to the last digit.
+Each is run twice, as it is and with ``--plain``, which leaves activation checkpointing out: the
+losses that it prints must be the same to the last digit. The processes of a launch import once and
+run both, see :mod:`tests.forks`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -38,15 +40,15 @@ def command_of(name: str) -> str:
     return command.replace("\\\n", " ").strip()
 
 
-def run(name: str, folder: Path, *options: str) -> list[str]:
-    """Start a recipe as its docstring says; returns the losses that it has printed."""
-    words = shlex.split(command_of(name))
+def run(words: list[str], folder: Path) -> list[str]:
+    """Run a recipe's command in a folder; returns the losses that were printed."""
+    words = list(words)
     settings = {}
     while "=" in words[0]:
         key, value = words.pop(0).split("=")
         settings[key] = value
     done = subprocess.run(
-        [sys.executable, *LAUNCHERS[words[0]], *words[1:], *options],
+        [sys.executable, *LAUNCHERS[words[0]], *words[1:]],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, **settings},
         capture_output=True,
@@ -58,37 +60,39 @@ def run(name: str, folder: Path, *options: str) -> list[str]:
     return re.findall(r"^step \d+: loss \d+\.\d+$", done.stdout, re.M)
 
 
-def new_folder(tmp_path_factory) -> Path:
-    """A folder to start recipes in; what they write stays there."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "scripts").symlink_to(ROOT / "scripts")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """Starts a recipe, once for all tests of this file; returns its losses and its folder."""
+    """Runs a recipe both ways, once for all tests of this file.
+
+    Returns what both have printed, the losses of the plain one last, and the folder of the first.
+    """
 
     @functools.cache
     def started(name: str) -> tuple[list[str], Path]:
-        folder = new_folder(tmp_path_factory)
-        return run(name, folder), folder
+        folder, plain_folder = (tmp_path_factory.mktemp(name) for _ in range(2))
+        (folder / "scripts").symlink_to(ROOT / "scripts")  # what it writes stays in the folder
+        words = shlex.split(command_of(name))
+        at = words.index(f"scripts/recipes/{name}.py")
+        launcher, command = words[:at], words[at:]
+        commands = [[str(folder), *command], [str(plain_folder), *command, "--plain"]]
+        return run([*launcher, str(ROOT / "tests/forks.py"), json.dumps(commands)], folder), folder
 
     return started
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_trains_as_without_activation_checkpointing(name, started, tmp_path_factory):
-    losses, _ = started(name)
+def test_a_recipe_trains_as_without_activation_checkpointing(name, started):
+    printed, _ = started(name)
+    losses, plain = printed[:4], printed[4:]
     assert [line.split(":")[0] for line in losses] == [f"step {number}" for number in range(1, 5)]
-    assert run(name, new_folder(tmp_path_factory), "--plain") == losses
+    assert plain == losses
 
 
 def test_a_run_of_fsdp2_that_is_started_again_goes_on(started):
     """The newest state checkpoint goes away, and the last two steps are made once more."""
-    losses, folder = started("fsdp2")
+    printed, folder = started("fsdp2")
     shutil.rmtree(folder / "runs/a/step-00000004")
-    assert run("fsdp2", folder) == losses[2:]
+    assert run(shlex.split(command_of("fsdp2")), folder) == printed[2:4]
 
 
 # --- The page
