@@ -21,6 +21,7 @@ from wrappers import (
     CheckpointError,
     CheckpointImpl,
     CheckpointPolicy,
+    Policy,
     TierStats,
     apply_activation_checkpointing,
     checkpoint,
@@ -33,6 +34,7 @@ from wrappers.offload.store import finish_offloading, reset_offloading
 from wrappers.policies import (
     as_policy,
     offload_larger_than,
+    planned,
     recompute_all,
     recompute_matmuls_of,
     save_attention,
@@ -115,6 +117,13 @@ def matrices() -> list[Tensor]:
     return [leaf(8, 8, seed=seed) for seed in range(3)]
 
 
+def plan_every_other_product() -> Policy:
+    """A plan that keeps the first and the third of a block's four products."""
+    name = "aten.addmm.default"
+    save = CheckpointPolicy.MUST_SAVE
+    return planned({(name, 0): save, (name, 2): save}, counts={name: 4}, strict=True)
+
+
 MM = 8 * 8 * 4  # Bytes of one product of these.
 
 
@@ -134,6 +143,7 @@ PRESETS = {
     "recompute_all": (recompute_all, 0, 0, 3, 1),
     "save_matmuls": (save_matmuls, 3, 8 * D, 0, 1),
     "save_every_other_matmul": (save_every_other_matmul, 2, 7 * D, 1, 1),
+    "planned": (plan_every_other_product, 2, 7 * D, 1, 1),
     "save_attention": (save_attention, 1, D + STATISTICS, 3, 0),
     "save_compute_and_communication": (
         save_compute_and_communication,
@@ -726,11 +736,12 @@ def fresh_compiler():
         (recompute_all, 3),
         (save_matmuls, 0),
         (save_every_other_matmul, 1),
+        (plan_every_other_product, 1),
         (lambda: save_matmuls() | recompute_matmuls_of([UP]), 1),
         (lambda: [aten.addmm], 0),
         (lambda: lambda ctx, op, *args, **kwargs: op is aten.addmm.default, 0),
     ],
-    ids=["recompute_all", "save_matmuls", "every other", "by shape", "list", "function"],
+    ids=["recompute_all", "save_matmuls", "every other", "plan", "by shape", "list", "function"],
 )
 def test_the_compiler_recomputes_what_the_policy_says(make, num_products):
     x = block_input()
@@ -786,11 +797,12 @@ def by_pickle(module):
     ("make", "kept_bytes"),
     [
         (save_every_other_matmul, 7 * D),
+        (plan_every_other_product, 7 * D),
         (save_compute_and_communication, 9 * D + STATISTICS),
         (lambda: save_matmuls() | recompute_matmuls_of([UP]), 4 * D),
         (recompute_all, 0),
     ],
-    ids=["every other", "compute", "by shape", "nothing"],
+    ids=["every other", "plan", "compute", "by shape", "nothing"],
 )
 def test_a_copy_of_a_wrapped_module_keeps_the_same(make, kept_bytes, copied, inplace):
     expected, _ = step(new_block(), block_input())

@@ -425,3 +425,17 @@ def test_the_table_says_the_reason_or_else_the_note_and_sizes_from_a_mebibyte_on
         "layers.10  REPLAY         24     1        20        3  1024.0 KiB   1.0 MiB\n"
         "b          REPLAY         24     1        20        3  1024.0 MiB   1.5 KiB  aha"
     )
+
+
+def test_rich_shows_the_same_cells():
+    console = pytest.importorskip("rich.console")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_activation_checkpointing(model, check_fn=by_class(nn.Linear), impl=REPLAY)
+    model(torch.randn(2, 4)).sum().backward()
+    report = region_report(model)
+    shown = console.Console(width=200, color_system=None)
+    with shown.capture() as captured:
+        shown.print(report)
+    assert captured.get().split() == [*str(report).splitlines()[0].split(), "remark"] + [
+        word for line in str(report).splitlines()[1:] for word in line.split()
+    ]

@@ -19,19 +19,28 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wrappers import _device, _torch
-from wrappers.policy import CheckpointPolicy, SelectiveCheckpointContext, policy_from_bool
+from wrappers.policy import (
+    OFFLOADED,
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    policy_from_bool,
+)
 
 __all__ = [
     "Policy",
     "as_policy",
     "offload_larger_than",
+    "planned",
     "recompute_all",
     "recompute_matmuls_of",
     "save_attention",
@@ -41,6 +50,30 @@ __all__ = [
 ]
 
 PolicyFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Answers about an operator that depend on the number of its call, and on nothing else.
+
+    Numbers begin at 0 in each forward of a region. Each call counts that a policy is asked about:
+    all but those of :data:`SAC_IGNORED_OPS`, views included, also in regions inside the region.
+
+    Attributes:
+        counter: Operators with the same one are counted together.
+        is_kept: Whether the output of a call is kept, by its number.
+        answer: The answer about a call, by its number.
+        offloads: Whether any answer moves an output to the host.
+    """
+
+    counter: Hashable
+    is_kept: Callable[[int], bool]
+    answer: Callable[[int], CheckpointPolicy]
+    offloads: bool = False
+
+
+#: How often one forward of a region has to call an operator, and whether it is exactly so often.
+ExpectedCalls = Mapping[str, tuple[int, bool]]
 
 
 class Policy:
@@ -53,8 +86,17 @@ class Policy:
     #: Whether every call of an operator gets the same answer.
     is_static = False
 
+    #: Whether an operator and the number of its call decide the answer; see :meth:`turns_of`.
+    is_counting = False
+
     #: Whether a region in which it keeps nothing deserves a warning.
     expects_match = True
+
+    #: By name of an operator: the calls without which the policy makes no sense.
+    expected_calls: ExpectedCalls = MappingProxyType({})
+
+    #: Whether a forward with other calls is an error.
+    is_strict = False
 
     def __init__(self) -> None:
         # Functions, as the compiler takes nothing else for a constant.
@@ -86,6 +128,20 @@ class Policy:
     def start(self) -> PolicyFn:
         """Like :meth:`begin`, but no opinion means PREFER_RECOMPUTE."""
         return functools.partial(_decide, self.begin())
+
+    def turns_of(self, op: Any) -> Turns | None:
+        """What a counting policy says about an operator; None if it is the same for all calls."""
+        return None
+
+    def differences(self, calls: Mapping[str, int]) -> list[str]:
+        """Tell where the calls of one forward, by operator, are others than expected."""
+        found = []
+        for name, (expected, is_exact) in self.expected_calls.items():
+            got = calls.get(name, 0)
+            if got < expected or (is_exact and got > expected):
+                at_least = "" if is_exact else "at least "
+                found.append(f"{name} is called {got} times, expected {at_least}{expected}")
+        return found
 
     def __or__(self, other: Any) -> Policy:
         """Combine: where both have an opinion, the other counts."""
@@ -192,7 +248,31 @@ class _Function(Policy):
         return answer
 
 
-class _EveryOther(Policy):
+class _Counting(Policy):
+    """Tells the calls of an operator apart by their numbers."""
+
+    is_counting = True
+
+    #: The answer about operators whose calls it does not tell apart.
+    otherwise: CheckpointPolicy | None = None
+
+    def begin(self) -> PolicyFn:
+        # Before torch 2.13 its own contexts ask in the recompute too.
+        num_calls: dict[bool, Counter[Hashable]] = {False: Counter(), True: Counter()}
+
+        def answer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy | None:
+            turns = self.turns_of(op)
+            if turns is None:
+                return self.otherwise
+            counted = num_calls[ctx.is_recompute]
+            number = counted[turns.counter]
+            counted[turns.counter] = number + 1
+            return turns.answer(number)
+
+        return answer
+
+
+class _EveryOther(_Counting):
     """Keeps the first, third, fifth, ... call among some operators."""
 
     def __init__(self, operators: Collection[Any]) -> None:
@@ -202,22 +282,84 @@ class _EveryOther(Policy):
     def __reduce__(self) -> Any:
         return _every_other_again, (sorted(op.name() for op in self.operators),)
 
-    def begin(self) -> PolicyFn:
-        # Before torch 2.13 its own contexts ask in the recompute too.
-        num_calls = {False: 0, True: 0}
+    def turns_of(self, op: Any) -> Turns | None:
+        return _EVERY_OTHER if op in self.operators else None
 
-        def answer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy | None:
-            if op not in self.operators:
-                return None
-            num_calls[ctx.is_recompute] += 1
-            is_odd = num_calls[ctx.is_recompute] % 2 == 1
-            return CheckpointPolicy.MUST_SAVE if is_odd else CheckpointPolicy.MUST_RECOMPUTE
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _EveryOther) and self.operators == other.operators
 
-        return answer
+    def __hash__(self) -> int:
+        return hash((_EveryOther, self.operators))
+
+
+def _is_even(number: int) -> bool:
+    return number % 2 == 0
+
+
+def _save_even(number: int) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if number % 2 else CheckpointPolicy.MUST_SAVE
+
+
+_EVERY_OTHER = Turns("all", _is_even, _save_even)
 
 
 def _every_other_again(names: list[str]) -> _EveryOther:
     return _EveryOther([_torch.operator_named(name) for name in names])
+
+
+class _Planned(_Counting):
+    """Keeps the calls that a plan names, recomputes all others."""
+
+    expects_match = False  # What the plan names is expected one by one.
+    otherwise = CheckpointPolicy.PREFER_RECOMPUTE
+
+    def __init__(
+        self,
+        decisions: Mapping[tuple[str, int], CheckpointPolicy],
+        counts: Mapping[str, int],
+        is_strict: bool,
+    ) -> None:
+        super().__init__()
+        self.decisions = dict(decisions)
+        self.counts = dict(counts)
+        self.is_strict = is_strict
+        answers: dict[str, dict[int, CheckpointPolicy]] = {}
+        for (name, ordinal), answer in self.decisions.items():
+            answers.setdefault(name, {})[ordinal] = answer
+        self._turns = {name: _turns(name, given) for name, given in answers.items()}
+        at_least = {name: (max(given) + 1, False) for name, given in answers.items()}
+        exactly = {name: (count, True) for name, count in self.counts.items()}
+        self.expected_calls = {**at_least, **exactly}
+        self._key = (frozenset(self.decisions.items()), frozenset(self.counts.items()), is_strict)
+        self._hash = hash(self._key)
+
+    def __reduce__(self) -> Any:
+        return _Planned, (self.decisions, self.counts, self.is_strict)
+
+    def turns_of(self, op: Any) -> Turns | None:
+        return self._turns.get(str(op))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Planned) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        num_offloaded = sum(answer in OFFLOADED for answer in self.decisions.values())
+        num_saved = len(self.decisions) - num_offloaded
+        offloaded = f", {num_offloaded} offloaded" if num_offloaded else ""
+        return f"planned({num_saved} saved{offloaded})"
+
+
+def _turns(name: str, answers: dict[int, CheckpointPolicy]) -> Turns:
+    """The answers of a plan about an operator."""
+
+    def answer(number: int) -> CheckpointPolicy:
+        return answers.get(number, CheckpointPolicy.PREFER_RECOMPUTE)
+
+    offloads = any(given in OFFLOADED for given in answers.values())
+    return Turns(name, frozenset(answers).__contains__, answer, offloads)
 
 
 class _ByShape(Policy):
@@ -276,6 +418,8 @@ class _Combined(Policy):
         self.second = second
         self.is_static = first.is_static and second.is_static  # then a key of regions, too
         self.expects_match = first.expects_match or second.expects_match
+        self.expected_calls = {**first.expected_calls, **second.expected_calls}
+        self.is_strict = first.is_strict or second.is_strict
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Combined) and (
@@ -447,6 +591,68 @@ def offload_larger_than(num_bytes: int) -> Policy:
 def recompute_all() -> Policy:
     """Keep nothing: a block keeps its input, and runs again what backward depends on."""
     return _Nothing()
+
+
+def planned(
+    decisions: Mapping[tuple[str, int], CheckpointPolicy],
+    *,
+    counts: Mapping[str, int] | None = None,
+    strict: bool = False,
+) -> Policy:
+    """Keep or offload single calls of operators; recompute everything else.
+
+    A call is named by its operator and its ordinal: its number, from 0, among the calls of this
+    operator in one forward of the region, as :class:`Turns` counts. Collectives and choices such
+    as top-k that are not named are kept, as ever. A view is never kept; leave its calls out of
+    ``counts``, as autograd repeats some of them after a write in place.
+
+    A forward that calls other operators than the plan expects has right gradients whatever it
+    keeps. But it is not what the memory was planned for: so the region keeps nothing in later
+    forwards, and says so once. On REPLAY that concerns the training mode in which it happened, so
+    that an evaluation without dropout, with grad mode on, does not end the plan of the training; on
+    NO_REENTRANT it concerns all forwards. Shapes may change as long as the calls do not. The
+    compiler's graph is not compared.
+
+    Args:
+        decisions: By name, such as ``aten.mm.default``, and ordinal: MUST_SAVE or MUST_CPU_OFFLOAD.
+        counts: By name: how many calls of an operator one forward has. Operators that are not in
+            it have at least as many as the decisions need.
+        strict: Whether such a forward raises :class:`WrapperError` instead.
+
+    Raises:
+        ValueError: A name is not that of an operator's overload, an ordinal or count is negative, a
+            decision is none of the two, or a decision is about a call beyond the count.
+
+    Example:
+        >>> policy = planned({("aten.addmm.default", 0): CheckpointPolicy.MUST_SAVE})
+    """
+    counts = {} if counts is None else counts
+    for name, ordinal in decisions:
+        _check_call(name, ordinal)
+        if name in counts and ordinal >= counts[name]:
+            raise ValueError(
+                f"the plan decides about call {ordinal} (from 0) of {name}, of which it counts "
+                f"{counts[name]} calls"
+            )
+    for name, count in counts.items():
+        _check_call(name, count)
+    for (name, ordinal), answer in decisions.items():
+        if answer not in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_CPU_OFFLOAD):
+            raise ValueError(
+                f"call {ordinal} of {name}: a plan says MUST_SAVE or MUST_CPU_OFFLOAD, got "
+                f"{answer!r}. What is to be recomputed is left out."
+            )
+    return _Planned(decisions, counts, strict)
+
+
+def _check_call(name: Any, number: Any) -> None:
+    if not isinstance(name, str) or name.count(".") < 2 or ":" in name:
+        raise ValueError(
+            "a plan names operators with their overload, such as 'aten.mm.default', got "
+            f"{name!r}: take str(operator)"
+        )
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{name}: a plan counts calls from 0, got {number!r}")
 
 
 class _CopyToHost(Policy):

@@ -36,6 +36,7 @@ class RegionRow:
             region's first call; the region's inputs and parameters do not count.
         reason: Why a region with REPLAY has fallen back to a rerun; else empty.
         note: Why its replay could not be compared with a rerun; else empty.
+        plan: What its plan keeps, or how it has differed from it; empty without a plan.
     """
 
     fqn: str
@@ -49,11 +50,15 @@ class RegionRow:
     released_bytes: int | None = None
     reason: str = ""
     note: str = ""
+    plan: str = ""
+
+
+_TITLES = ("region", "impl", "ops", "kept", "replayed", "dropped", "kept", "released")
 
 
 @dataclass(frozen=True)
 class RegionReport:
-    """The regions of a model; ``print`` shows a table.
+    """The regions of a model; ``print`` shows a table, as does rich's.
 
     Attributes:
         rows: One for each region, in the order of ``named_modules``.
@@ -72,17 +77,31 @@ class RegionReport:
                 return row
         raise KeyError(fqn)
 
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*_TITLES[:2], box=None)
+        for title in _TITLES[2:]:
+            table.add_column(title, justify="right")
+        table.add_column("remark")
+        for row in self.rows:
+            table.add_row(*_cells(row), _remark(row))
+        return table
+
     def __str__(self) -> str:
-        titles = ("region", "impl", "ops", "kept", "replayed", "dropped", "kept", "released")
-        lines = [list(titles), *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        lines = [list(_TITLES), *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_TITLES))]
         text = []
         for line, row in zip(lines, (None, *self.rows), strict=True):
             left = [cell.ljust(w) for cell, w in zip(line[:2], widths[:2], strict=True)]
             right = [cell.rjust(w) for cell, w in zip(line[2:], widths[2:], strict=True)]
-            remark = (row.reason or row.note) if row is not None else ""
+            remark = "" if row is None else _remark(row)
             text.append("  ".join([*left, *right, remark]).rstrip())
         return "\n".join(text)
+
+
+def _remark(row: RegionRow) -> str:
+    return "; ".join(filter(None, (row.reason or row.note, row.plan)))
 
 
 def _cells(row: RegionRow) -> list[str]:
@@ -153,5 +172,19 @@ def _row(region: Region, name: str) -> RegionRow:
             "released_bytes": measured and measured.released_bytes,
         }
     return RegionRow(
-        region.fqn or name, impl, **figures, reason=experience.reason, note=experience.note
+        region.fqn or name,
+        impl,
+        **figures,
+        reason=experience.reason,
+        note=experience.note,
+        plan=_plan(region),
     )
+
+
+def _plan(region: Region) -> str:
+    """What a region's plan has come to."""
+    if region.policy is None or not region.policy.expected_calls:
+        return ""
+    if region.experience.difference:
+        return f"not as planned: {region.experience.difference}"
+    return repr(region.policy)

@@ -1615,3 +1615,32 @@ def test_a_wrapped_module_is_replayed():
     experience = module._checkpoint_region.experience
     assert experience.fallen_at is None
     assert experience.is_verified
+
+
+def test_a_check_ends_where_linear_writes_in_place_only_without_a_mode():
+    """The rerun's versions then differ from the forward's, which had the recorder's mode."""
+    layer = nn.Linear(8, 8)
+    region = Region(impl=CheckpointImpl.REPLAY, fqn="layer")
+
+    def run(x: Tensor) -> Tensor:
+        return functional.gelu(layer(x.transpose(0, 1)))
+
+    x = torch.randn(2, 2, 8, requires_grad=True)
+    run(x).sum().backward()
+    expected, x.grad = x.grad, None
+    run_region(region, run, (x,), {}).sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert region.experience.is_verified
+    assert (region.experience.reason, region.experience.note) == ("", "")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_without_dropout_keeps_no_random_state(dropout):
+    region = Region(impl=CheckpointImpl.REPLAY, verify="never", fqn="attention")
+    frame = ReplayFrame(region, None)
+
+    def run(x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x, dropout_p=dropout)
+
+    frame.run_forward(run, (torch.randn(1, 2, 8, 4, requires_grad=True),), {}).sum().backward()
+    assert (frame.random_state_bytes > 0) == (dropout > 0)

@@ -215,7 +215,8 @@ def _region_for(
             code = modules[0]
             options = (*options, *map(id, modules))
     # By id, as hashing a code object is slow.
-    kind = policy if policy is None or policy.is_static else type(policy)
+    is_key = policy is None or policy.is_static or policy.is_counting
+    kind = policy if is_key else type(policy)
     key = (id(code), use_reentrant, impl, kind, *options)
     entry = _regions.get(key)
     if entry is None or entry[0]() is not code:

@@ -127,6 +127,7 @@ class Operator:
     """
 
     __slots__ = (
+        "_dropout",
         "base",
         "call",
         "func",
@@ -161,6 +162,7 @@ class Operator:
         self.writes: tuple[int | str, ...] = ()
         self.write_flag: int | None = None
         self.reads_what_it_writes = True
+        self._dropout: tuple[int, Any] | None = None
         self.is_collective = _torch.is_collective(func)
         schema = getattr(func, "_schema", None)
         self.is_query = func in SAC_IGNORED_OPS and not _returns_tensors(schema)
@@ -217,6 +219,15 @@ class Operator:
         self.reads_what_it_writes = name not in _OVERWRITERS and not is_out_variant
         is_foreign = not (name.startswith("aten::") or self.is_view or self.is_collective)
         self.is_random = is_foreign or torch.Tag.nondeterministic_seeded in self.func.tags
+        #: Position and default of the argument without which an operator draws nothing.
+        self._dropout = next(
+            (
+                (position, argument.default_value)
+                for position, argument in enumerate(schema.arguments)
+                if argument.name == "dropout_p" and name.startswith("aten::")
+            ),
+            None,
+        )
         self.is_uninitialized = name in _UNINITIALIZED
         self.may_alias = not name.startswith("aten::") or _torch.is_composite(self.func)
 
@@ -228,6 +239,16 @@ class Operator:
             return args[place]
         name = self.func._schema.arguments[place].name
         return kwargs.get(name)
+
+    def draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call may read a generator's state: attention without dropout does not."""
+        if not self.is_random:
+            return False
+        if self._dropout is None:
+            return True
+        place, default = self._dropout
+        given = self.argument(place, args, kwargs)
+        return bool(default if given is None else given)
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors that a call changes."""

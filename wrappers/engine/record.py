@@ -38,7 +38,9 @@ where a rerun would change tensors from outside once more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ from wrappers import _device, _torch, _tree
 from wrappers.engine import verify
 from wrappers.engine.holders import Holder, Kept, Unchecked
 from wrappers.engine.operators import Operator, facts_of
-from wrappers.policies import Policy
+from wrappers.policies import Policy, Turns
 from wrappers.policy import (
     KEPT,
     OFFLOADED,
@@ -87,29 +89,38 @@ _ANY = _STALE + 1
 
 
 class Rule:
-    """What a policy says about one operator, as far as that is always the same.
+    """What a policy says about one operator, as far as that can be told beforehand.
 
     Attributes:
         facts: The facts about the operator.
         call: Calls it.
         is_fast: Whether a call needs no more than to be written down.
-        answer: The policy's answer; None if it has no opinion, or is to be asked each time.
+        answer: The policy's answer; None if it has no opinion, or if it is to be asked each time.
+        turns: How the answer depends on the number of the call; None if it does not, or if the
+            policy is to be asked each time.
+        is_kept: Whether a result is kept; with ``turns``: whether it may be.
     """
 
-    __slots__ = ("answer", "call", "facts", "is_fast", "is_kept", "is_view")
+    __slots__ = ("answer", "call", "facts", "is_fast", "is_kept", "is_view", "turns")
 
     def __init__(self, facts: Operator, policy: Policy | None) -> None:
         self.facts = facts
         self.call = facts.call
         self.answer: CheckpointPolicy | None = None
-        is_static = policy is None or policy.is_static
-        if policy is not None and is_static and facts.func not in SAC_IGNORED_OPS:
-            context = SelectiveCheckpointContext(is_recompute=False)
-            self.answer = policy.begin()(context, facts.func)
-        self.is_kept = keeps_result(facts, self.answer)
+        self.turns: Turns | None = None
+        is_told = policy is None or policy.is_static or policy.is_counting
+        if policy is not None and is_told and facts.func not in SAC_IGNORED_OPS:
+            self.turns = policy.turns_of(facts.func)
+            if self.turns is None:
+                context = SelectiveCheckpointContext(is_recompute=False)
+                self.answer = policy.begin()(context, facts.func)
+        self.is_kept = self.turns is not None or keeps_result(facts, self.answer)
         self.is_view = facts.is_view
+        offloads = self.answer in OFFLOADED or (self.turns is not None and self.turns.offloads)
         is_simple = facts.is_plain or facts.is_plain_view
-        self.is_fast = is_simple and is_static and self.answer not in OFFLOADED
+        # A choice is kept also where it is not its turn.
+        is_simple = is_simple and not (self.turns is not None and facts.is_choice)
+        self.is_fast = is_simple and is_told and not offloads
 
 
 class Rules:
@@ -139,6 +150,7 @@ class Recorder(_torch.RecordingMode):
         traces: Whether to note the sites of operators.
 
     Attributes:
+        policy: The rules' policy.
         operators: What has been recorded, in order.
         made: By value: the position of the operator that made it, -1 for what came from outside.
         known: By ``id``: a weak reference to a tensor, its value, its version. After a write: the
@@ -175,8 +187,11 @@ class Recorder(_torch.RecordingMode):
         super().__init__()
         self._rules = rules.by_id
         self._all_rules = rules
-        policy = rules.policy
-        self._ask = None if policy is None or policy.is_static else policy.begin()
+        self.policy = policy = rules.policy
+        is_told = policy is None or policy.is_static or policy.is_counting
+        self._ask = None if is_told else policy.begin()  # type: ignore[union-attr]
+        #: How many calls there have been so far, for rules with turns.
+        self._num_calls: dict[Hashable, int] = {}
         self._hold = hold
         self._keep = keep
         self._keeps_plainly = keeps_plainly
@@ -245,7 +260,9 @@ class Recorder(_torch.RecordingMode):
             known[id(out)] = (_ref(out), value, 0)
             made.append(position)
             operators.append((rule.facts, values, constants, kwargs, value))
-            if rule.is_kept:
+            if rule.is_kept and (
+                rule.turns is None or rule.turns.is_kept(self._number(rule.turns))
+            ):
                 if self._keeps_plainly:
                     try:
                         self.held[value] = Kept(_detach_in_handler(out), rule.facts.name)
@@ -261,6 +278,9 @@ class Recorder(_torch.RecordingMode):
             version = args[0]._version  # It is going to share the counter.
             if version and rule.facts.is_detach:
                 version = _ANY
+        is_kept = rule.is_kept
+        if rule.turns is not None:
+            is_kept = rule.turns.is_kept(self._number(rule.turns))
         results = []
         for tensor in out if type(out) in (tuple, list) else _tree.flatten(out)[0]:
             if tensor is None:
@@ -269,7 +289,7 @@ class Recorder(_torch.RecordingMode):
             results.append(value)
             if root >= 0:
                 self.roots[value] = root
-            elif rule.is_kept:
+            elif is_kept:
                 self._keep_result(value, tensor, rule.facts)
         numbers = results[0] if type(out) is Tensor else tuple(results)
         operators.append((rule.facts, values, constants, kwargs, numbers))
@@ -295,13 +315,17 @@ class Recorder(_torch.RecordingMode):
         held_roots = [t for t in written if self._root(self.value_of(t)) in self.held]
         for tensor in held_roots:
             self._save_old_value(tensor)
-        if facts.is_random:
+        if facts.draws(args, kwargs):
             self.random_states[position] = _random_states(tensors, args, kwargs)
         # It runs again if it has other results: then on copies of what it may not change.
         is_mixed = _has_new_results(facts) or len(held_roots) < len(written)
         replaced = self._copy_written(held_roots) if is_mixed else {}
         out = facts.call(*args, **kwargs)
-        answer = rule.answer if self._ask is None else self._answer(facts, out, args, kwargs)
+        answer = rule.answer
+        if rule.turns is not None:
+            answer = rule.turns.answer(self._number(rule.turns))
+        elif self._ask is not None:
+            answer = self._answer(facts, out, args, kwargs)
         values = [replaced.get(id(t), v) for t, v in zip(tensors, values, strict=True)]
         if replaced:
             self.scratch[position] = set(replaced.values())
@@ -329,6 +353,12 @@ class Recorder(_torch.RecordingMode):
         else:
             self.held[value] = self._keep(detached, facts, offload)
         self.kept.append(value)
+
+    def _number(self, turns: Turns) -> int:
+        """Count a call that has returned; its number."""
+        number = self._num_calls.get(turns.counter, 0)
+        self._num_calls[turns.counter] = number + 1
+        return number
 
     def _answer(self, facts: Operator, out: Any, args: Any, kwargs: Any) -> Any:
         if facts.func in SAC_IGNORED_OPS:
@@ -732,6 +762,36 @@ class Recorder(_torch.RecordingMode):
         """Record nothing from now on: what autograd saves is kept."""
         self.reason = reason  # It says more than what was noted on the way to it.
         self.is_stopped = self._is_careful = True
+
+
+def ordinals(operators: Sequence[Recorded]) -> list[int | None]:
+    """Number recorded operators as :func:`wrappers.policies.planned` does.
+
+    Args:
+        operators: Those of a recorder.
+
+    Returns:
+        For each of them its number, from 0, among the calls of the same operator; None for what no
+        policy is asked about: a step that is no operator, or one of :data:`SAC_IGNORED_OPS`.
+    """
+    num_calls: dict[Operator, int] = {}
+    numbers: list[int | None] = []
+    for facts, *_ in operators:
+        number = num_calls.get(facts, 0)
+        num_calls[facts] = number + 1
+        numbers.append(number if _is_asked_about(facts) else None)
+    return numbers
+
+
+def num_calls(operators: Sequence[Recorded]) -> dict[str, int]:
+    """How often recorded operators have been called, by their names; see :func:`ordinals`."""
+    counted = Counter(map(itemgetter(0), operators))
+    return {facts.name: num for facts, num in counted.items() if _is_asked_about(facts)}
+
+
+def _is_asked_about(facts: Operator) -> bool:
+    # A step that is no operator has facts of its own.
+    return facts_of(facts.func) is facts and facts.func not in SAC_IGNORED_OPS
 
 
 def keeps_result(facts: Operator, answer: CheckpointPolicy | None) -> bool:

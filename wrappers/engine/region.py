@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from wrappers.engine.selective import ContextFn, contexts_of_policy
 from wrappers.engine.verify import DETERMINISM_CHECKS
-from wrappers.errors import OffloadError
+from wrappers.errors import OffloadError, WrapperError
 from wrappers.policies import Policy, as_policy
 from wrappers.policy import CheckpointImpl
 
@@ -113,16 +113,20 @@ class Experience:
         note: What the comparison has shown, if it could not be made.
         stats: Of the latest call.
         measured: Of the first call, which is measured in bytes too.
+        off_plan: By training mode: which of all fallbacks so far was the one from the plan.
+        difference: How a forward has differed from the plan, the first that did.
         unneeded: What the policy kept in the first call although nothing needed it.
     """
 
     __slots__ = (
         "_said",
+        "difference",
         "fallen_at",
         "is_verified",
         "keeps_policy",
         "measured",
         "note",
+        "off_plan",
         "reason",
         "stats",
         "unneeded",
@@ -137,6 +141,8 @@ class Experience:
         self.stats: RegionStats | None = None
         self.measured: RegionStats | None = None
         self.unneeded: list[int] = []
+        self.off_plan: dict[bool | None, int] = {}
+        self.difference = ""
         self._said: set[str] = set()
 
     def warn_once(self, kind: str, text: str) -> None:
@@ -150,7 +156,7 @@ _num_fallbacks = 0
 
 
 def num_fallbacks() -> int:
-    """How many regions have fallen back from REPLAY to a rerun so far."""
+    """How many regions have fallen back so far: from REPLAY to a rerun, or from their plan."""
     return _num_fallbacks
 
 
@@ -350,6 +356,39 @@ class Region:
             "fallback",
             f"region `{self.fqn}` is rerun from now on instead of replayed: {reason}. Pass "
             "impl=CheckpointImpl.NO_REENTRANT to say that you know.",
+        )
+
+    def is_off_plan(self, mode: bool | None, visible_fallbacks: int) -> bool:
+        """Whether the region keeps nothing in a training mode, as far as so many fallbacks tell."""
+        left_at = self.experience.off_plan.get(mode)
+        return left_at is not None and left_at <= visible_fallbacks
+
+    def compare_with_plan(self, calls: Mapping[str, int], mode: bool | None = None) -> None:
+        """Keep nothing from the next forward on if this one's calls differ from the plan.
+
+        Args:
+            calls: How often the forward has called each operator.
+            mode: The ``training`` flag of the region's module; None if it is not known.
+
+        Raises:
+            WrapperError: They differ, and the policy is strict.
+        """
+        global _num_fallbacks
+        assert self.policy is not None, "a region without a policy has no plan"
+        found = self.policy.differences(calls)
+        if not found:
+            return
+        difference = "; ".join(found)
+        what = f"region `{self.fqn}` does not run as planned: {difference}."
+        remedy = "Profile again with this sample, in this mode."
+        if self.policy.is_strict:
+            raise WrapperError(f"{what} {remedy}", fqn=self.fqn)
+        if mode not in self.experience.off_plan:
+            _num_fallbacks += 1
+            self.experience.off_plan[mode] = _num_fallbacks
+        self.experience.difference = self.experience.difference or difference
+        self.experience.warn_once(
+            "plan", f"{what} It keeps nothing from its next forward on. {remedy}"
         )
 
     def note_verified(self, note: str = "") -> None:

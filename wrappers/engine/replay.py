@@ -77,7 +77,7 @@ from wrappers.engine.holders import (
 )
 from wrappers.engine.module_state import name_in
 from wrappers.engine.operators import Operator
-from wrappers.engine.record import HOLE, Recorder, Rules
+from wrappers.engine.record import HOLE, Recorder, Rules, num_calls
 from wrappers.engine.region import Region, RegionStats
 from wrappers.engine.rerun import run_no_reentrant
 from wrappers.engine.witness import Witness, WitnessFrame, set_random_state
@@ -170,6 +170,34 @@ class ReplayFrame:
         """Name of the region."""
         return self.region.fqn
 
+    @property
+    def _mode(self) -> bool | None:
+        """The training mode of the region's module, if it has one."""
+        return None if self._owner is None else self._owner.training
+
+    # --- For a look from outside, when the forward is over
+
+    @property
+    def recording(self) -> tuple[list[Any], dict[int, int], dict[int, list[int]]]:
+        """The recorded operators, the roots of values, and who has written to which root."""
+        return self._operators, self._roots, self._writes
+
+    @property
+    def needed(self) -> list[int]:
+        """Positions of the operators that backward executes."""
+        return self._needed
+
+    @property
+    def random_state_bytes(self) -> int:
+        """Bytes of the generators' states that wait for backward."""
+        found = self._random_states.values()
+        return sum(state.nbytes for states in found for _, state in states)
+
+    @property
+    def saved_values(self) -> list[int]:
+        """The values that autograd has saved and that are not held."""
+        return list(self._waiting)
+
     # --- Forward
 
     def run_forward(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +205,7 @@ class ReplayFrame:
         region = self.region
         is_witnessed = region.should_verify()
         self._recorder = recorder = Recorder(
-            _rules_of(region),
+            _rules_of(region, self._mode),
             self._hold,
             self._keep,
             keeps_plainly=not (self._is_hidden or region.allow_cache_entry_mutation),
@@ -416,7 +444,11 @@ class ReplayFrame:
         experience.stats = stats
         measured = experience.measured
         is_simple = not (
-            self._writes or has_held_slots or recorder.written_outside or stats.num_offloaded
+            self._writes
+            or has_held_slots
+            or recorder.written_outside
+            or stats.num_offloaded
+            or experience.off_plan  # The first call tells nothing about this one.
         )
         if is_simple and measured is not None and self._is_small(measured):
             # It is replayed at once, so there is nothing to plan and little to let go.
@@ -429,13 +461,15 @@ class ReplayFrame:
         else:
             self._plan()
             self._let_go(recorder, saved_bytes)
-        policy = region.policy
+        policy = recorder.policy
         has_matched = bool(recorder.kept) or recorder.has_matched
         if policy is not None and policy.expects_match and not has_matched:
             names = [recorded[0].name for recorded in self._operators]
             region.note_unmatched(dict.fromkeys(names))
         if recorder.reason:
             region.fall_back(recorder.reason)
+        if policy is not None and policy.expected_calls and not recorder.is_stopped:
+            region.compare_with_plan(num_calls(self._operators), self._mode)
 
     def _cut_graphs(self, recorder: Recorder) -> None:
         """Let no tensor from outside that the region has written to hold the graph of the write."""
@@ -1048,7 +1082,13 @@ class _Replaying:
         leave(self._undo)
 
 
-def _rules_of(region: Region) -> Rules:
+#: For all regions that keep nothing of what their policies say.
+_NO_POLICY = Rules(None)
+
+
+def _rules_of(region: Region, mode: bool | None) -> Rules:
+    if region.experience.off_plan and region.is_off_plan(mode, visible_fallbacks()):
+        return _NO_POLICY
     if region.rules is None:
         region.rules = Rules(region.policy)
     return region.rules  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from wrappers import _torch, _tree
 from wrappers.engine import holders
 from wrappers.engine.holders import Holder, Offloader
 from wrappers.errors import InputChangedError, OffloadError
-from wrappers.policies import Policy, PolicyFn, as_policy, plain_function
+from wrappers.policies import Policy, PolicyFn, as_policy, plain_function, recompute_all
 from wrappers.policy import KEPT, OFFLOADED, SAC_IGNORED_OPS, SelectiveCheckpointContext
 
 ContextFn = Callable[
@@ -126,6 +126,7 @@ class _KeepMode(_torch.TorchDispatchMode):
         cache: _Cache,
         note_unmatched: Callable[[Iterable[str]], None] | None = None,
         *,
+        compare: Callable[[Mapping[str, int]], None] | None = None,
         fqn: str = "a function",
         allow_mutation: bool = False,
     ) -> None:
@@ -136,6 +137,7 @@ class _KeepMode(_torch.TorchDispatchMode):
         self._offloader: Offloader | None = None
         self._cache = cache
         self._note_unmatched = note_unmatched
+        self._compare = compare
         #: Of the policy. Python takes one that comes out of an operator like ``@`` for its own.
         self._error: TypeError | None = None
 
@@ -144,8 +146,12 @@ class _KeepMode(_torch.TorchDispatchMode):
         policys_error, self._error = self._error, None
         if policys_error is not None and error[0] is TypeError:
             raise policys_error from None
-        if self._note_unmatched is not None and not self._cache.kept and error[0] is None:
+        if error[0] is not None:
+            return
+        if self._note_unmatched is not None and not self._cache.kept:
             self._note_unmatched(map(str, self._cache.counts))
+        if self._compare is not None:
+            self._compare({str(func): num for func, num in self._cache.counts.items()})
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -268,6 +274,10 @@ class HasPolicy(Protocol):
 
     policy: Any
     fqn: str
+    experience: Any
+
+    def compare_with_plan(self, calls: Mapping[str, int]) -> None:
+        """Take note of the calls of one forward."""
 
 
 def contexts_of_policy(
@@ -283,10 +293,14 @@ def contexts_of_policy(
         note_unmatched: Called with the names of all operators if the policy keeps none.
     """
     cache = _Cache()
+    policy: Policy = region.policy
+    if region.experience.off_plan:
+        policy, note_unmatched = recompute_all(), None
     keep = _KeepMode(
-        region.policy.begin(),
+        policy.begin(),
         cache,
         note_unmatched,
+        compare=region.compare_with_plan if policy.expected_calls else None,
         fqn=region.fqn,
         allow_mutation=allow_mutation,
     )
