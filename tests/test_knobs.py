@@ -11,7 +11,7 @@ import wrappers
 from wrappers import _knobs
 
 UNITS = ("_BYTES", "_ELEMENTS", "_OPERATORS", "_CALLS", "_MS", "_REGIONS", "_MODULES", "_TENSORS")
-UNITS += ("_COPIES", "_THREADS", "_PERCENT")
+UNITS += ("_COPIES", "_THREADS", "_PERCENT", "_RUNS", "_STEPS")
 KNOBS = [name for name in vars(_knobs) if name.isupper()]
 
 

@@ -17,6 +17,7 @@ from wrappers.select import (
     every_nth,
     min_params,
     plain_modules,
+    repeated_blocks,
 )
 
 
@@ -194,3 +195,120 @@ def test_the_root_is_not_counted(predicate):
 def test_the_number_comes_first(combine):
     with pytest.raises(TypeError, match=f"{combine.__name__} takes the .* first, got _Plain"):
         combine(by_class(nn.Linear), 2)
+
+
+# --- What a model repeats
+
+
+class Layered(Block):
+    """A block with a list of experts, more than there are blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert() for _ in range(8))
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Activation(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Bag(nn.ModuleList):
+    """A list of modules that nobody calls."""
+
+
+def holding(**children: nn.Module) -> nn.Module:
+    model = nn.Module()
+    for name, child in children.items():
+        model.add_module(name, child)
+    return model
+
+
+def many(make, n: int) -> nn.ModuleList:
+    return nn.ModuleList(make() for _ in range(n))
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+
+REPEATS = {
+    "blocks, not the layers in their Sequentials": (make_model, layers(0, 1, 2, 3, 4)),
+    "blocks, not their experts": (lambda: holding(layers=many(Layered, 2)), layers(0, 1)),
+    "blocks, though experts stand outside of them, too": (
+        lambda: holding(layers=many(Layered, 2), tail=many(Expert, 2)),
+        layers(0, 1),
+    ),
+    "the class with the most parameters, not with the most modules": (
+        lambda: holding(small=many(Block, 4), layers=many(Layered, 2)),
+        layers(0, 1),
+    ),
+    "one class in two lists": (
+        lambda: holding(encoder=many(Block, 1), decoder=many(Block, 2)),
+        ["encoder.0", "decoder.0", "decoder.1"],
+    ),
+    "blocks below plain Sequentials, as in a ResNet": (
+        lambda: nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block())),
+        ["0.0", "0.1", "1.0"],
+    ),
+    "Sequentials, where there is nothing else": (
+        lambda: nn.Sequential(pair(), pair(), nn.Linear(2, 2)),
+        ["0", "1"],
+    ),
+    "no lists that have no forward": (
+        lambda: holding(bags=many(lambda: Bag([Block(), Block()]), 2)),
+        [f"bags.{i}.{j}" for i in range(2) for j in range(2)],
+    ),
+    "layers of torch that hold others": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(2, 1, 4), 3, enable_nested_tensor=False
+        ),
+        layers(0, 1, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_repeated_blocks(case):
+    make, expected = REPEATS[case]
+    assert names(repeated_blocks(), make()) == expected
+
+
+def test_a_module_that_stands_in_many_places_repeats():
+    shared = Block()
+    model = holding(layers=nn.ModuleList([shared] * 3))
+    assert names(repeated_blocks(), model) == ["layers.0"]
+
+
+def test_blocks_on_the_meta_device_and_wrapped_ones_repeat():
+    with torch.device("meta"):
+        assert names(repeated_blocks(), make_model()) == layers(0, 1, 2, 3, 4)
+    model = make_model()
+    apply_activation_checkpointing(model, check_fn=repeated_blocks())
+    assert [isinstance(m, CheckpointWrapper) for m in model.layers] == [True] * 5
+    assert names(repeated_blocks(), model) == layers(0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(2, 2),
+        lambda: holding(layers=many(Block, 1)),
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU()),
+        lambda: holding(one=Block(), two=Block()),
+        lambda: nn.Sequential(Activation(), Activation()),
+    ],
+    ids=["layer", "one block", "single layers", "not in a list", "without parameters"],
+)
+def test_where_nothing_repeats_it_says_so(make):
+    with pytest.raises(ValueError, match=r"nothing repeats in this .* wrappers\.select\.by_class"):
+        repeated_blocks().bind(make())

@@ -6,6 +6,7 @@ from wrappers.apply import (
     apply_activation_checkpointing,
     remove_activation_checkpointing,
 )
+from wrappers.diagnosis import Diagnosis, Finding, doctor
 from wrappers.engine.ambient import AmbientHandle, register_ambient
 from wrappers.engine.api import GraphExecGroup, checkpoint, checkpoint_sequential
 from wrappers.engine.frame import is_recomputing
@@ -22,6 +23,7 @@ from wrappers.engine.region import (
 from wrappers.engine.selective import create_selective_checkpoint_contexts
 from wrappers.errors import (
     CheckpointError,
+    InfeasibleBudgetError,
     InputChangedError,
     OffloadError,
     RecomputeMismatchError,
@@ -36,6 +38,10 @@ from wrappers.modules import (
 )
 from wrappers.offload.stats import OffloadStats, TierStats
 from wrappers.offload.store import offload_stats
+from wrappers.plan.api import make_plan, plan_for, profile
+from wrappers.plan.calibration import calibrate
+from wrappers.plan.plan import Plan
+from wrappers.plan.records import Hardware, Profile
 from wrappers.policies import Policy
 from wrappers.policy import (
     SAC_IGNORED_OPS,
@@ -56,12 +62,18 @@ __all__ = [
     "CheckpointPolicy",
     "CheckpointWrapper",
     "DefaultDeviceType",
+    "Diagnosis",
+    "Finding",
     "GraphExecGroup",
+    "Hardware",
+    "InfeasibleBudgetError",
     "InputChangedError",
     "OffloadError",
     "OffloadStats",
     "OffloadWrapper",
+    "Plan",
     "Policy",
+    "Profile",
     "RecomputeMismatchError",
     "RegionReport",
     "RegionRow",
@@ -69,17 +81,22 @@ __all__ = [
     "TierStats",
     "WrapperError",
     "apply_activation_checkpointing",
+    "calibrate",
     "check_backward_validity",
     "checkpoint",
     "checkpoint_sequential",
     "checkpoint_wrapper",
     "create_selective_checkpoint_contexts",
     "detach_variable",
+    "doctor",
     "get_device_states",
     "is_recomputing",
+    "make_plan",
     "noop_context_fn",
     "offload_stats",
     "offload_wrapper",
+    "plan_for",
+    "profile",
     "region_report",
     "register_ambient",
     "remove_activation_checkpointing",

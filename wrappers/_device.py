@@ -205,3 +205,53 @@ def empty_pinned(nbytes: int) -> Tensor:
         RuntimeError: There is none left.
     """
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+# --- What a device is and has
+
+
+def is_host_type(device: torch.device) -> bool:
+    """Whether a device computes on the host, in the thread that calls."""
+    return device.type in _WITHOUT_RNG
+
+
+def rounds_allocations(device: torch.device) -> bool:
+    """Whether the device's allocator takes memory in larger pieces than it was asked for."""
+    return device.type not in _WITHOUT_RNG
+
+
+def own_memory_bytes(device: torch.device) -> int | None:
+    """How much memory a device has of its own; None for the host, or if it does not say."""
+    if device.type in _WITHOUT_RNG or not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(device)
+    properties = getattr(module, "get_device_properties", None)
+    total = getattr(properties(device), "total_memory", None) if properties else None
+    return None if total is None else int(total)
+
+
+def own_name(device: torch.device) -> str | None:
+    """What the maker calls a device; None for the host, or if it does not say."""
+    if device.type in _WITHOUT_RNG:
+        return None
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(ask(device)) if ask is not None else device.type
+
+
+def default_device() -> torch.device:
+    """The accelerator's current device; the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def wait_for(device: torch.device) -> None:
+    """Block until a device has done all that is queued on it."""
+    if device.type not in _WITHOUT_RNG:
+        torch.accelerator.synchronize(device)
+
+
+def has_no_memory(device: torch.device) -> bool:
+    """Whether tensors there have sizes and nothing else."""
+    return device.type == "meta"

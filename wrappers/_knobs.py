@@ -53,6 +53,13 @@ OFFLOAD_DISK_THREADS = 2
 #: Pinned memory through which an accelerator's tensors go to files and come back.
 OFFLOAD_STAGING_BYTES = 1024 * 1024 * 1024
 
+#: To find out what a block can keep, it runs on tensors without memory at most so often.
+PLAN_MENU_RUNS = 160
+
+#: Steps in which a block is timed, and those in which its operators are.
+PLAN_TIMED_STEPS = 7
+PLAN_TIMED_OPERATOR_STEPS = 5
+
 
 @contextlib.contextmanager
 def override(**values: int) -> Iterator[None]:

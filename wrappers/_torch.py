@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import logging
+import math
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -697,3 +700,255 @@ def num_process_groups() -> int:
     from torch.distributed import distributed_c10d
 
     return len(distributed_c10d._world.pg_names)
+
+
+# --- Memory without a device ------------------------------------------------------------
+
+
+def key_of_storage(storage: torch.UntypedStorage) -> int:
+    """A number for memory, its own while the memory lives."""
+    return int(storage._cdata)
+
+
+def watch_resizes(note: Callable[[torch.UntypedStorage, int], None]) -> Callable[[], None]:
+    """Call ``note(storage, bytes before)`` after each ``resize_`` of a storage, as FSDP does it.
+
+    Returns:
+        What ends it.
+    """
+    outer = vars(torch.UntypedStorage).get("resize_")
+    resize = torch.UntypedStorage.resize_
+
+    def watched(self: torch.UntypedStorage, size: Any) -> Any:
+        before = self.nbytes()
+        out = resize(self, size)
+        note(self, before)
+        return out
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+
+    def stop() -> None:
+        if outer is None:  # It is inherited.
+            del torch.UntypedStorage.resize_
+        else:
+            torch.UntypedStorage.resize_ = outer  # type: ignore[method-assign]
+
+    return stop
+
+
+#: The operator behind ``tensor.item()``.
+number_of_tensor: OpOverload = torch.ops.aten._local_scalar_dense.default
+
+
+def fake_mode() -> Any:
+    """A mode under which tensors have sizes and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+# --- What the running torch has of all this -----------------------------------------------------
+
+#: The versions of torch that everything here is known to exist in, oldest and newest.
+KNOWN_VERSIONS = ((2, 11), (2, 13))
+
+
+class PrivateApi(NamedTuple):
+    """A private name of torch that this file looks up late, so that a torch may lack it.
+
+    Attributes:
+        name: Where it stands.
+        purpose: What needs it.
+        fallback: What does the same where it is not there; empty: nothing does.
+    """
+
+    name: str
+    purpose: str
+    fallback: str = ""
+
+
+#: Without any other name that stands in this file, the package cannot be imported at all.
+PRIVATE_APIS = (
+    PrivateApi(
+        "torch._C._autograd._make_saved_tensor",
+        "keeping a region's inputs",
+        "a graph node of our own that saves them",
+    ),
+    PrivateApi(
+        "torch.accelerator.empty_host_cache",
+        "giving pinned memory back to the machine",
+        "torch._C._host_emptyCache, if this build has it",
+    ),
+    PrivateApi("torch._C._functorch.peek_interpreter_stack", "regions under torch.func"),
+    PrivateApi(
+        "torch._C._dynamo.eval_frame.set_code_exec_strategy", "regions beside torch.compile"
+    ),
+    PrivateApi("torch._functorch.config.activation_memory_budget", "the compiler's own recompute"),
+    PrivateApi("torch.distributed.fsdp.FSDPModule._get_fsdp_state", "regions below FSDP2"),
+    PrivateApi("torch.distributed.fsdp.wrap._Policy", "auto_wrap_policy objects"),
+    PrivateApi("torch.distributed._composable_state._get_module_state", "wrappers around FSDP2"),
+    PrivateApi(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper",
+        "telling torch's own wrappers",
+    ),
+    PrivateApi(
+        "torch.distributed._functional_collectives.AsyncCollectiveTensor",
+        "results of collectives in a region",
+    ),
+    PrivateApi("torch.distributed.distributed_c10d._world", "names of process groups"),
+    PrivateApi("torch.nn.parallel.DistributedDataParallel._active_ddp_module", "regions below DDP"),
+)
+
+
+def has_api(name: str) -> bool:
+    """Whether the running torch has what stands under a dotted name; imports its module."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def fake_tensor_log() -> logging.Logger:
+    """Where torch writes a traceback for each operator that fails on tensors without memory."""
+    return logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def compile_memory_budget() -> float:
+    """The fraction of activations that torch.compile keeps, by its own setting; 1 by default."""
+    from torch._functorch import config
+
+    return float(getattr(config, "activation_memory_budget", 1.0))
+
+
+class ShardedUnit(NamedTuple):
+    """A module whose parameters FSDP2 shards together, and how.
+
+    Attributes:
+        module: The module.
+        reshards: Whether its parameters are freed between forward and backward.
+        is_automatic: Whether FSDP decides about that.
+        policy: The MixedPrecisionPolicy.
+        shape: Of its mesh of ranks.
+    """
+
+    module: torch.nn.Module
+    reshards: bool
+    is_automatic: bool
+    policy: Any
+    shape: tuple[int, ...]
+
+
+def sharded_units(model: torch.nn.Module) -> list[ShardedUnit]:
+    """What FSDP2 shards in a model, inner modules first."""
+    found = []
+    for module in model.modules():
+        get_state: Any = getattr(module, "_get_fsdp_state", None)
+        group = None if get_state is None else get_state()._fsdp_param_group
+        if group is None:
+            continue
+        reshards = group.post_forward_mesh_info is not None
+        is_automatic = bool(get_state()._auto_reshard_after_forward)
+        shape = tuple(group.mesh_info.mesh.shape)
+        found.append(ShardedUnit(module, reshards, is_automatic, group.mp_policy, shape))
+    return found[::-1]
+
+
+@contextlib.contextmanager
+def unsharded_classes(model: torch.nn.Module) -> Iterator[None]:
+    """Take FSDP2's classes and hooks off modules for a while, so that they can be copied."""
+    sharded = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+    if not sharded:
+        yield
+        return
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    undo: list[Callable[[], object]] = []
+    try:
+        for module in sharded:
+            cls = type(module)
+            undo.append(functools.partial(setattr, module, "__class__", cls))
+            module.__class__ = cls.__bases__[1]
+            for key in (STATE_KEY, REGISTRY_KEY):
+                if key in module.__dict__:
+                    undo.append(functools.partial(module.__dict__.update, {key: vars(module)[key]}))
+                    del module.__dict__[key]
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                before = dict(hooks)
+                undo.append(functools.partial(hooks.update, before))
+                undo.append(hooks.clear)
+                for key, hook in before.items():
+                    owner = getattr(hook, "__self__", None)
+                    if type(owner).__module__.startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+        yield
+    finally:
+        for call in reversed(undo):
+            call()
+
+
+@contextlib.contextmanager
+def fake_mesh(shape: tuple[int, ...]) -> Iterator[Any]:
+    """A mesh of ranks that are not there: collectives on it do nothing.
+
+    Where a default process group exists, each of its ranks is in a mesh of its neighbours. A rank
+    that does not come here keeps nobody waiting, and later groups have the same names everywhere.
+
+    Raises:
+        ValueError: The ranks of that group cannot be told apart into meshes of this shape.
+    """
+    import torch.testing._internal.distributed.fake_pg as fake_pg
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    world_size = math.prod(shape)
+    if dist.is_initialized():
+        if dist.get_world_size() % world_size:
+            raise ValueError(
+                f"a plan for {world_size} ranks cannot be made in a process group of "
+                f"{dist.get_world_size()}: make it where there is none, or in one of a multiple"
+            )
+        first = dist.get_rank() // world_size * world_size
+        ranks = torch.arange(first, first + world_size, device="cpu").view(shape)
+        lines = _lines_through(ranks, dist.get_rank())
+        groups: Any = [
+            dist.new_group(line.tolist(), backend="fake", use_local_synchronization=True)
+            for line in lines
+        ]
+        names = tuple(f"dim{i}" for i in range(len(shape)))
+        mine = groups if len(shape) > 1 else groups[0]
+        try:
+            yield DeviceMesh.from_group(mine, "cpu", mesh=ranks, mesh_dim_names=names)
+        finally:
+            for group in groups:
+                dist.destroy_process_group(group)
+        return
+    store = fake_pg.FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=world_size)
+    try:
+        yield init_device_mesh("cpu", shape)
+    finally:
+        dist.destroy_process_group()
+
+
+def _lines_through(ranks: Tensor, rank: int) -> list[Tensor]:
+    """By dimension of a mesh: the ranks that differ from one in this dimension alone."""
+    place = [int(index) for index in (ranks == rank).nonzero()[0]]
+    return [
+        ranks[tuple(slice(None) if d == dim else i for d, i in enumerate(place))]
+        for dim in range(ranks.dim())
+    ]

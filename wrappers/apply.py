@@ -18,7 +18,6 @@ Each step is linear in the number of modules.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -52,7 +51,7 @@ from wrappers.modules.checkpoint import (
 )
 from wrappers.modules.offload import OffloadForward, OffloadWrapper, is_offloaded, offload_wrapper
 from wrappers.policy import CheckpointImpl
-from wrappers.select import ModuleTest, as_predicate
+from wrappers.select import ModuleTest, as_predicate, has_forward
 
 __all__ = ["ApplyReport", "apply_activation_checkpointing", "remove_activation_checkpointing"]
 
@@ -69,10 +68,12 @@ class ApplyReport:
     Attributes:
         wrapped: FQNs of the wrapped modules.
         skipped: FQNs of modules that were chosen but not wrapped, with the reason.
+        plan: The :class:`~wrappers.Plan`, where a memory budget was given.
     """
 
     wrapped: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    plan: Any = None
 
     def __str__(self) -> str:
         rows = [(fqn, "wrapped") for fqn in self.wrapped]
@@ -203,17 +204,11 @@ def _reasons(
             reasons[module] = _ALREADY
         elif module in checkpointed_by_transformers:
             reasons[module] = _TRANSFORMERS
-        elif not _has_forward(module):
+        elif not has_forward(module):
             reasons[module] = _NO_FORWARD
         elif inplace and isinstance(module, torch.jit.ScriptModule):
             reasons[module] = _SCRIPTED
     return reasons
-
-
-def _has_forward(module: nn.Module) -> bool:
-    # Not type(module).forward, which TorchScript's classes refuse.
-    defined = inspect.getattr_static(type(module), "forward", None)
-    return defined is not nn.Module.forward or "forward" in module.__dict__
 
 
 def _below_gradient_checkpointing(tree: _Tree) -> set[nn.Module]:
@@ -268,17 +263,54 @@ def _is_reentrant(wrapper_fn: Callable[..., Any], kwargs: dict[str, Any]) -> boo
     return any(CheckpointImpl(impl) is CheckpointImpl.REENTRANT for impl in given if impl)
 
 
+def find_regions(
+    model: nn.Module, check_fn: ModuleTest, auto_wrap_policy: Any = None
+) -> dict[str, nn.Module]:
+    """The modules that :func:`apply_activation_checkpointing` would wrap, by FQN.
+
+    Where a module and one of its submodules are chosen, only the outer one is named.
+    """
+    tree = _Tree(model)
+    chosen = _choose(tree, check_fn, auto_wrap_policy)
+    chosen.pop(tree.root, None)
+    inside: set[nn.Module] = set()
+    for module in chosen:
+        inside.update(child for child in module.modules() if child is not module)
+    return {
+        tree.names[module]: module
+        for module in chosen
+        if module not in inside and has_forward(module)
+    }
+
+
 # --- Act ------------------------------------------------------------------------------------
+
+
+Planner = Callable[..., ApplyReport]
+
+_planner: Planner | None = None
+
+
+def connect_planner(plan_and_apply: Planner) -> None:
+    """Say who plans for a memory budget; the rooms meet here, as planning needs this one."""
+    global _planner
+    _planner = plan_and_apply
+
+
+def _every_module(module: nn.Module) -> bool:
+    return True
 
 
 def apply_activation_checkpointing(
     model: nn.Module,
     checkpoint_wrapper_fn: Callable[..., Any] = checkpoint_wrapper,
-    check_fn: ModuleTest = lambda _: True,
+    check_fn: ModuleTest = _every_module,
     auto_wrap_policy: Any = None,
     *,
     inplace: bool = False,
     impl: CheckpointImpl | None = None,
+    memory_budget: int | float | str | None = None,
+    sample: Any = None,
     **kwargs: Any,
 ) -> ApplyReport:
     """Wrap the modules of a model that a predicate or a policy chooses.
@@ -295,6 +327,12 @@ def apply_activation_checkpointing(
             takes precedence over ``check_fn``.
         inplace: Replace the forwards of the modules instead of wrapping them.
         impl: How the regions are recomputed.
+        memory_budget: Choose what each region keeps so that a step fits into this and is as fast
+            as it can be: bytes, ``"12GiB"``, or ``"90%"`` of the device. See
+            :func:`wrappers.make_plan`; every rank of the default process group calls this then.
+            Without a ``check_fn``, regions are what the model repeats.
+        sample: A batch, which planning needs: see :func:`wrappers.profile`, whose other arguments
+            can be given too.
         **kwargs: Passed on to ``checkpoint_wrapper_fn``; a policy's arguments for a module win.
 
     Returns:
@@ -307,6 +345,20 @@ def apply_activation_checkpointing(
         WrapperError: REENTRANT regions below a DDP that looks for unused parameters.
     """
     require_module(model)
+    if memory_budget is not None:
+        return _plan(
+            model,
+            checkpoint_wrapper_fn,
+            check_fn,
+            auto_wrap_policy,
+            inplace,
+            impl,
+            memory_budget,
+            sample,
+            kwargs,
+        )
+    if sample is not None:
+        raise ValueError("sample is for planning: give a memory_budget with it, or leave it out")
     if inplace:
         kwargs["inplace"] = True
     if impl is not None:
@@ -329,6 +381,36 @@ def apply_activation_checkpointing(
         tuple(tree.names[module] for module in to_wrap),
         {tree.names[module]: reason for module, reason in reasons.items()},
     )
+
+
+def _plan(
+    model: nn.Module,
+    checkpoint_wrapper_fn: Callable[..., Any],
+    check_fn: ModuleTest,
+    policy: Any,
+    inplace: bool,
+    impl: CheckpointImpl | None,
+    memory_budget: int | float | str,
+    sample: Any,
+    options: dict[str, Any],
+) -> ApplyReport:
+    """Wrap as a memory budget wants it."""
+    is_other_impl = impl is not None and CheckpointImpl(impl) is not CheckpointImpl.REPLAY
+    if checkpoint_wrapper_fn is not checkpoint_wrapper or is_other_impl or "policy" in options:
+        raise ValueError(
+            "a memory_budget decides what each region keeps, on CheckpointImpl.REPLAY: leave out "
+            "checkpoint_wrapper_fn, impl and policy"
+        )
+    if sample is None:
+        raise ValueError(
+            "a memory_budget needs a sample: a batch as the model gets it, such as "
+            "apply_activation_checkpointing(model, memory_budget=..., sample=batch)"
+        )
+    if policy is not None:
+        check_fn = set(find_regions(model, check_fn, policy).values()).__contains__
+    assert _planner is not None, "the planner is connected when the package is imported"
+    chooses = None if check_fn is _every_module else check_fn
+    return _planner(model, sample, memory_budget, check_fn=chooses, inplace=inplace, **options)
 
 
 #: Faces that say the FQN in errors and warnings.

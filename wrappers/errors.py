@@ -98,3 +98,20 @@ class OffloadError(WrapperError):
         self.cause = cause
         self.tier = tier
         self.num_bytes = num_bytes
+
+
+class InfeasibleBudgetError(WrapperError):
+    """No choice of what to keep, recompute and offload fits into a memory budget.
+
+    Attributes:
+        fqn: The region that needs most; empty where it is code outside of regions.
+        budget_bytes: What was asked for.
+        smallest_bytes: The smallest budget that can be met, exactly.
+    """
+
+    def __init__(
+        self, message: str, *, fqn: str = "", budget_bytes: int = 0, smallest_bytes: int = 0
+    ) -> None:
+        super().__init__(message, fqn=fqn)
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes

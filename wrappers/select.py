@@ -1,4 +1,4 @@
-"""Predicates that choose modules: by class, by name, by position, by size.
+"""Predicates that choose modules: by class, by name, by position, by size, by repetition.
 
 A predicate is a callable ``module -> bool``, so it goes wherever a ``check_fn`` goes, and a plain
 callable goes wherever a predicate goes. Combine them with ``&``, ``|`` and ``~``:
@@ -15,8 +15,10 @@ the wrappers, so ``by_class(Block)`` also finds a wrapped ``Block``.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
@@ -32,6 +34,7 @@ __all__ = [
     "by_name",
     "every_nth",
     "min_params",
+    "repeated_blocks",
 ]
 
 ModuleTest = Callable[[nn.Module], bool]
@@ -259,6 +262,90 @@ def all_but_last(k: int, predicate: ModuleTest) -> Predicate:
         return chosen[: len(chosen) - k] if k < len(chosen) else []
 
     return _NeedsModel(f"all_but_last({k}, {counted!r})", choose)
+
+
+def repeated_blocks() -> Predicate:
+    """Choose what a model repeats: its transformer blocks, its residual blocks.
+
+    These are the modules of one class that stand in a ``ModuleList`` or ``Sequential``, in two
+    places or more; where several classes do, those with the most parameters. What lies inside of
+    them does not count: the experts of a block are no blocks. A single layer of ``torch.nn`` is
+    none either, and a plain ``Sequential`` only where nothing else repeats.
+
+    Raises:
+        ValueError: When it is bound: nothing repeats in the model.
+    """
+    return _NeedsModel("repeated_blocks()", _repeated)
+
+
+def _repeated(model: nn.Module) -> Iterable[nn.Module]:
+    for is_block in (_is_own_block, _is_sequential_block):
+        blocks = _outermost(plain_module(model), _listed(model, is_block))
+        if blocks:
+            # Of equals the first one met: the dict is in the order of named_modules.
+            return max(blocks.values(), key=_num_elements)
+    raise ValueError(
+        f"nothing repeats in this {type(model).__name__}: no class has two modules in a ModuleList "
+        "or Sequential, single layers aside. Say which modules are its blocks, such as "
+        "wrappers.select.by_class(Block)"
+    )
+
+
+def _is_own_block(module: nn.Module) -> bool:
+    """Whether a module in a list can be a block: it has a forward, and is not a single layer."""
+    if type(module) is nn.Sequential or not has_forward(module):
+        return False
+    is_layer = type(module).__module__.startswith("torch.nn.") and not module._modules
+    return not is_layer and _has_params(module, 1)
+
+
+def _is_sequential_block(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and _has_params(module, 1)
+
+
+def _listed(model: nn.Module, is_block: ModuleTest) -> set[nn.Module]:
+    """The possible blocks that stand in lists, of classes that do so in two places or more."""
+    found = [
+        plain_module(child)
+        for _, module in plain_modules(model)
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child in module._modules.values()
+        if child is not None
+    ]
+    found = [module for module in found if is_block(module)]
+    counts = Counter(map(type, found))
+    return {module for module in found if counts[type(module)] > 1}
+
+
+def _outermost(
+    root: nn.Module, listed: set[nn.Module]
+) -> dict[type[nn.Module], dict[nn.Module, None]]:
+    """By class, the listed modules that lie in no other one; classes with one place left out."""
+    blocks: dict[type[nn.Module], dict[nn.Module, None]] = {}
+    num_places: Counter[type[nn.Module]] = Counter()
+    seen: set[nn.Module] = set()
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        if module in listed and module is not root:
+            blocks.setdefault(type(module), {})[module] = None
+            num_places[type(module)] += 1
+        elif module not in seen:
+            seen.add(module)
+            children = [plain_module(m) for m in module._modules.values() if m is not None]
+            stack.extend(reversed(children))
+    return {kind: found for kind, found in blocks.items() if num_places[kind] > 1}
+
+
+def _num_elements(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for p in {p: None for m in modules for p in m.parameters()})
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called; a ``ModuleList`` cannot."""
+    # Not type(module).forward, which TorchScript's classes refuse.
+    defined = inspect.getattr_static(type(module), "forward", None)
+    return defined is not nn.Module.forward or "forward" in module.__dict__
 
 
 def min_params(n: int) -> Predicate:

@@ -220,11 +220,11 @@ def available_host_bytes() -> int:
     cache counts as available, as the kernel gives it up.
     """
     available = _meminfo_bytes()
-    for folder in _cgroups():
-        limit, used = _read_int(folder / "memory.max"), _read_int(folder / "memory.current")
+    for folder in cgroups():
+        limit, used = read_int(folder / "memory.max"), read_int(folder / "memory.current")
         if limit is None:  # version 1
-            limit = _read_int(folder / "memory.limit_in_bytes")
-            used = _read_int(folder / "memory.usage_in_bytes")
+            limit = read_int(folder / "memory.limit_in_bytes")
+            used = read_int(folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
             available = min(available, max(0, limit - used + _page_cache_bytes(folder)))
     return available
@@ -239,7 +239,7 @@ def _meminfo_bytes() -> int:
         return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
 
 
-def _cgroups() -> list[Path]:
+def cgroups() -> list[Path]:
     """The memory cgroups of this process, up to the root of what it sees."""
     root = Path("/sys/fs/cgroup")
     try:
@@ -266,7 +266,7 @@ def _page_cache_bytes(folder: Path) -> int:
     return int(figures.get("inactive_file", figures.get("total_inactive_file", 0)))
 
 
-def _read_int(path: Path) -> int | None:
+def read_int(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):  # ``max`` is no number, and no limit
