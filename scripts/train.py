@@ -1,12 +1,14 @@
-"""The main job: train a byte-level GPT under FSDP, its blocks checkpointed or offloaded to a disk.
+"""The main job: train a byte-level GPT under FSDP, its blocks recomputed, offloaded or planned.
 
 Start it with torchrun; the same command trains on CPUs over gloo and on GPUs over nccl:
 
     torchrun --nproc-per-node 2 scripts/train.py --impl no_reentrant --steps 20
 
 Every block is wrapped first and sharded afterwards, so that FSDP's hooks stand outside the region:
-a recompute finds the parameters gathered. Two runs that differ in `--impl`, `--inplace` or
-`--policy` alone print the same loss to the last digit, dropout included; that is the point.
+a recompute finds the parameters gathered. Two runs that differ in `--impl`, `--inplace`, `--policy`
+or `--budget` alone print the same loss to the last digit, dropout included; that is the point.
+
+    torchrun --nproc-per-node 2 scripts/train.py --impl planned --budget 300MiB
 
 So does a run whose workers were killed on the way, if it saves and resumes:
 
@@ -45,6 +47,7 @@ from scripts.measure import MemoryTimeline, count_flops, memory_timeline, peak_a
 from scripts.model import GPTConfig
 from scripts.trainer import DTYPES, IMPLS, POLICIES, Trainer
 from wrappers import state
+from wrappers.plan.budget import budget_bytes
 
 #: glibc maps blocks of this size on their own, once it is told.
 MAPPED_BYTES = 64 * 1024
@@ -61,6 +64,7 @@ class Result:
     impl: str
     inplace: bool
     policy: str
+    budget: str | None
     dtype: str
     device: str
     world_size: int
@@ -82,6 +86,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--impl", choices=IMPLS, default="no_reentrant")
     parser.add_argument("--inplace", action="store_true", help="patch the blocks' own forward")
     parser.add_argument("--policy", choices=POLICIES, default="recompute_all")
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help='of --impl planned: memory for the activations of a step, such as "300MiB"',
+    )
     parser.add_argument(
         "--directory",
         type=Path,
@@ -140,6 +149,13 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--inplace needs an --impl to put in place, got --impl none")
     if args.impl != "no_reentrant" and args.policy != "recompute_all":
         parser.error(f"--policy {args.policy} needs --impl no_reentrant, got --impl {args.impl}")
+    if (args.impl == "planned") is not (args.budget is not None):
+        parser.error(f"--impl planned and --budget SIZE need each other, got --impl {args.impl}")
+    if args.budget is not None:
+        try:
+            budget_bytes(args.budget, capacity_bytes=None)
+        except ValueError as error:
+            parser.error(f"--budget: {error}")
     if args.impl != "offload_disk" and args.directory is not None:
         parser.error(f"--directory needs --impl offload_disk, got --impl {args.impl}")
     if args.max_inflight_mib <= 0:
@@ -291,6 +307,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Result:
         impl=args.impl,
         inplace=args.inplace,
         policy=args.policy,
+        budget=args.budget,
         dtype=args.dtype,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         world_size=dist.get_world_size(),
@@ -313,7 +330,8 @@ def main() -> None:
         if dist.get_rank() != 0:
             return
         print(
-            f"{result.impl}{' in place' if result.inplace else ''}: loss {result.loss!r}, "
+            f"{result.impl}{' in place' if result.inplace else ''}"
+            f"{f', budget {result.budget}' if result.budget else ''}: loss {result.loss!r}, "
             f"{result.step_ms:.0f} ms a step, "
             f"peak activations {result.peak_activation_bytes / 2**20:.1f} MiB, "
             f"{result.flops / 1e9:.2f} GFLOPs a step"

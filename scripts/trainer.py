@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from wrappers import (
     offload_wrapper,
     state,
 )
+from wrappers.plan.sharding import sharding_for
 
-#: How the activations of a block wait for backward: not at all, as little as a recompute needs, or
-#: in a file.
-IMPLS = ("none", "reentrant", "no_reentrant", "offload_disk")
+#: How the activations of a block wait for backward: as they are, as little as a recompute needs, in
+#: a file, or as much as a memory budget has room for.
+IMPLS = ("none", "reentrant", "no_reentrant", "offload_disk", "planned")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -66,23 +68,57 @@ def wrapping(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def planning(
+    args: argparse.Namespace, model: nn.Module, device: torch.device, mixed: MixedPrecisionPolicy
+) -> dict[str, Any]:
+    """What `apply_activation_checkpointing` plans with: a step as `Trainer.step` will make it."""
+    tokens = torch.zeros(args.batch, args.seq, dtype=torch.long, device=device)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
+    return {
+        "memory_budget": args.budget,
+        "count": "activations",
+        "sample": tokens,
+        "loss_fn": partial(loss_of, targets=tokens),
+        "optimizer": partial(make_optimizer, lr=args.lr),
+        "sharding": sharding_for(blocks, dist.get_world_size(), mixed),
+    }
+
+
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Build the model, wrap its blocks, then shard blocks and root over all ranks."""
     torch.manual_seed(args.seed)
     model = GPT(args.model).to(device)
+    mixed = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
     if args.impl != "none":
-        apply_activation_checkpointing(
+        is_planned = args.impl == "planned"
+        report = apply_activation_checkpointing(
             model,
             check_fn=lambda module: isinstance(module, Block),
             inplace=args.inplace,
-            **wrapping(args),
+            **(planning(args, model, device, mixed) if is_planned else wrapping(args)),
         )
+        if is_planned and dist.get_rank() == 0:
+            plan = report.plan
+            peak_mib = (plan.peak_bytes - plan.uncounted_bytes) / 2**20
+            print(
+                f"planned: {plan.num_wrapped} of {len(plan.regions)} blocks wrapped, "
+                f"predicted peak {peak_mib:.1f} MiB, {plan.ratio:.2f} of the plain step"
+            )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    mixed = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(model, mesh=mesh, mp_policy=mixed)
     return model
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """What trains the parameters."""
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of a batch, in float32."""
+    return F.cross_entropy(logits.float().view(-1, VOCAB_SIZE), targets.reshape(-1))
 
 
 class Trainer:
@@ -95,7 +131,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.model = build_model(args, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
+        self.optimizer = make_optimizer(self.model.parameters(), lr=args.lr)
         self.tokens: Tensor = args.tokens
         self.batch_size: int = args.batch
         self.seq_len: int = args.seq
@@ -120,7 +156,7 @@ class Trainer:
         """Train on one batch; waits for the device."""
         inputs, targets = self.next_batch()
         logits = self.model(inputs)
-        loss = F.cross_entropy(logits.float().view(-1, VOCAB_SIZE), targets.reshape(-1))
+        loss = loss_of(logits, targets)
         # The record goes on to use its graph-free copy, so that no activation outlives backward.
         mean_loss = loss.detach().clone()
         loss.backward()

@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 import re
+import shlex
 import shutil
 import warnings
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wrappers.policies as presets
 import wrappers.state
-from scripts.bench import offload_timeline
+from scripts.bench import offload_timeline, plan_block, plan_tables
 from scripts.model import GPT, Block, GPTConfig
 from tests.distributed import matrix
 from tests.engine.helpers import assert_equal, leaf
@@ -33,9 +34,11 @@ from wrappers import (
     offload_stats,
     offload_wrapper,
 )
+from wrappers.cli import entry
 from wrappers.engine.replay import ReplayFrame
 from wrappers.offload.simulated import Fault, SimulatedTransport
 from wrappers.offload.store import reset_offloading
+from wrappers.plan.hardware import PRESETS
 from wrappers.policies import save_matmuls
 from wrappers.report import region_report
 from wrappers.select import by_class
@@ -45,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks", "seeded")
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/replay.md").read_text()
 OFFLOAD_PAGE = (ROOT / "docs/offload.md").read_text()
+PLAN_PAGE = (ROOT / "docs/plan.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 BATCH = 2
@@ -509,6 +513,87 @@ def test_nothing_is_offloaded_and_nothing_said(how, fresh_offloading):
         assert offload_stats().tiers == ()
 
 
+# --- A memory budget --------------------------------------------------------------------------
+
+
+def tables_of_the_plan_page() -> dict[str, str]:
+    return dict(re.findall(r"<!-- (\w+) -->\n((?:[^\n]+\n)+)", PLAN_PAGE))
+
+
+@pytest.mark.parametrize("name", ["operators", "menu", "plan"])
+def test_the_tables_of_the_plan_page_are_those_of_a_profile(name):
+    assert tables_of_the_plan_page()[name] == getattr(plan_block, f"{name}_table")()
+
+
+def test_the_prose_of_the_plan_page_is_that_of_the_profile():
+    text = " ".join(PLAN_PAGE.split())
+    assert plan_block.plan_facts() in text
+    structure = plan_block.block_of(plan_block.make_profile())
+    assert f"{len(structure.operators)} of its {structure.num_operators} operators" in text
+    assert f"`attention` costs {structure.operators[2].time_us:.0f} us alone" in text
+    config = plan_block.CONFIG
+    assert f"of width {config.d_model} with {config.num_heads} heads" in text
+    assert f"{plan_block.BATCH} sequences of {config.seq_len} tokens" in text
+    assert f"tensor, {plan_block.D // 2**20} MiB" in text
+    assert f"with {plan_block.BUDGET_BYTES // 2**30} GiB for activations" in text
+    assert f"Presets are {', '.join(list(PRESETS)[:-1])} and {list(PRESETS)[-1]}" in text
+
+
+def test_what_the_plan_page_says_about_rows_of_the_menu():
+    options = plan_block.block_of(plan_block.make_profile()).options
+    found = {plan_block.what(option): option for option in options}
+    everything = found[", ".join(plan_block.SHOWN[0][0]), ""]
+    assert everything.backward_bytes - options[0].backward_bytes == 4 * plan_block.D
+    nothing, one = found["nothing", ""], found["sum 1", ""]
+    assert one.kept_bytes - nothing.kept_bytes == plan_block.D
+    assert round((nothing.backward_bytes - one.backward_bytes) / plan_block.D, 1) == 5
+    assert one.extra_us < nothing.extra_us
+
+
+def test_early_blocks_need_most_and_keep_least():
+    """As the page says, which also says that kept bytes and needs are within the budget."""
+    needs = [items[0].need_bytes for items in plan_block.chain().items]
+    assert needs == sorted(needs, reverse=True)
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in tables_of_the_plan_page()["plan"].splitlines()[2:]
+    ]
+    together = [float(row[5].removesuffix(" d")) for row in rows]
+    assert max(together) <= plan_block.BUDGET_BYTES / plan_block.D
+    kept = [float(row[2].removesuffix(" d")) for row in rows]
+    assert kept[0] == min(kept)
+
+
+def test_the_command_lines_are_understood():
+    text = f"{README}\n{PLAN_PAGE}".replace("\\\n", " ")
+    lines = re.findall(r"^(?:.*`)?wrappers ((?:plan|profile) [^`#\n]*)", text, re.MULTILINE)
+    lines = [line for line in lines if not line.startswith("plan --help")]
+    assert len(lines) == 3
+    for line in lines:
+        entry._parser().parse_args(shlex.split(line))
+
+
+@pytest.fixture
+def _quick_planning(monkeypatch):
+    """Few of the ways to treat a block, and times that mean nothing."""
+    monkeypatch.setattr(_knobs, "PLAN_MENU_RUNS", 8)
+    monkeypatch.setattr(_knobs, "PLAN_TIMED_STEPS", 1)
+    monkeypatch.setattr(_knobs, "PLAN_TIMED_OPERATOR_STEPS", 1)
+
+
+@pytest.mark.usefixtures("_quick_planning")
+def test_the_examples_of_the_plan_page_run(names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for code in examples(PLAN_PAGE, "python"):
+        exec(code, names)
+    report = names["report"]
+    assert report.wrapped
+    assert str(report) in (printed := capsys.readouterr().out)
+    assert "memory at the peak" in printed
+    assert names["plan"].world_size == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.json"]
+
+
 # --- docs/composition.md, docs/state.md ---------------------------------------------------------
 
 
@@ -544,3 +629,13 @@ def test_the_readmes_example_of_state_checkpoints(tmp_path, monkeypatch):
     for step in (1, 2):
         exec(example, {"model": model, "optimizer": optimizer})
         assert wrappers.state.latest("runs/a") == tmp_path / f"runs/a/step-{step:08}"
+
+
+# --- docs/plan.md: figures of the benchmarks
+
+
+@pytest.mark.parametrize("name", list(plan_tables.TABLES))
+def test_the_benchmarks_tables_are_those_of_the_committed_results(name):
+    table = plan_tables.TABLES[name]()
+    assert len(table.splitlines()) > 6
+    assert table in (ROOT / "docs/plan.md").read_text()

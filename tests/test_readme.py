@@ -76,7 +76,15 @@ def test_peak_memory(impl):
 
 
 @pytest.mark.parametrize(
-    "mode", ["none", "REENTRANT", "NO_REENTRANT", "NO_REENTRANT, in place", "disk"]
+    "mode",
+    [
+        "none",
+        "REENTRANT",
+        "NO_REENTRANT",
+        "NO_REENTRANT, in place",
+        "disk",
+        "planned, budget 322 MiB",
+    ],
 )
 def test_demo(mode):
     row = result("demo", mode=mode)

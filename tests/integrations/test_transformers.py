@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 transformers = pytest.importorskip("transformers")
 
+from scripts.measure import memory_timeline  # noqa: E402
 from tests.integrations import models  # noqa: E402
 from tests.integrations.models import (  # noqa: E402
     FACES,
@@ -43,6 +44,7 @@ from wrappers import (  # noqa: E402
     CheckpointWrapper,
     OffloadWrapper,
     WrapperError,
+    _knobs,
     offload_stats,
     region_report,
 )
@@ -179,6 +181,94 @@ def test_a_block_is_recomputed_once(impl, inplace):
     step(model, "llama")
     got = flops(lambda: step(model, "llama"))
     assert got == (expected if impl is REENTRANT else expected - last_products)
+
+
+# --- A memory budget
+
+
+def planned_gpt2():
+    """Four blocks, and a batch as a tokenizer makes it, in which nothing is padded."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=256,
+        n_positions=64,
+        n_embd=64,
+        n_layer=4,
+        n_head=2,
+        loss_type="ForCausalLM",
+        use_cache=False,
+        **models._SPECIAL_TOKENS,
+    )
+    model = transformers.GPT2LMHeadModel(config).train()
+    tokens = torch.randint(4, 256, (4, 64))
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def step():
+        torch.manual_seed(7)
+        out = model(**batch)
+        out.loss.backward()
+        found = gradients(model)
+        model.zero_grad()
+        return found
+
+    return model, batch, step
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_planned_step_takes_what_was_predicted(inplace, monkeypatch):
+    monkeypatch.setattr(_knobs, "PLAN_MENU_RUNS", 16)
+    model, batch, step = planned_gpt2()
+    expected = step()
+    names = block_names(model, "gpt2")
+    report = enable(
+        model,
+        memory_budget="6.2MiB",
+        sample=batch,
+        count="activations",
+        hardware="CPU",
+        inplace=inplace,
+    )
+    assert sorted((*report.wrapped, *report.skipped)) == sorted(names)
+    assert report.wrapped
+    assert_equal(step(), expected)
+    rows = region_report(model).rows
+    assert [(row.fqn, row.impl, row.reason) for row in rows] == [
+        (name, REPLAY, "") for name in report.wrapped
+    ]
+    got = memory_timeline(lambda: step().clear(), torch.device("cpu")).peak_bytes
+    predicted = report.plan.peak_bytes - report.plan.uncounted_bytes
+    assert abs(got / predicted - 1) < 1e-3
+    assert 0.9 < got / (6.2 * 2**20) <= 1
+
+
+def test_a_plan_for_blocks_that_are_wrapped_is_refused():
+    model, batch, _ = planned_gpt2()
+    enable(model)
+    with pytest.raises(WrapperError, match=r"^block `transformer\.h\.0` is wrapped already"):
+        enable(model, memory_budget="90%", sample=batch)
+
+
+def test_where_planning_fails_the_model_is_as_it_was():
+    model, _, _ = planned_gpt2()
+    with pytest.raises(ValueError, match="a sample holds no tensor"):
+        enable(model, memory_budget="90%", sample={})
+    assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"policy": save_matmuls()}, {"impl": NO_REENTRANT}, {"offload": True}]
+)
+def test_a_plan_decides_alone(settings):
+    model, batch, _ = planned_gpt2()
+    with pytest.raises(ValueError, match="leave out impl, policy and offload"):
+        enable(model, memory_budget="90%", sample=batch, **settings)
+
+
+def test_a_budget_and_a_sample_belong_together():
+    model, batch, _ = planned_gpt2()
+    for settings in ({"memory_budget": "90%"}, {"sample": batch}):
+        with pytest.raises(ValueError, match="a memory_budget and a sample belong together"):
+            enable(model, **settings)
 
 
 # --- What is chosen

@@ -1,19 +1,14 @@
-"""The main job as a user starts it: torchrun, two processes, FSDP around wrapped blocks."""
+"""The main job under torchrun: two processes, FSDP around wrapped blocks."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from scripts.train import Result, load_tokens, parse_args
+from tests.scripts.torchrun import Torchrun
 
-ROOT = Path(__file__).parents[2]
 SIZES = ["--layers=4", "--d-model=64", "--heads=4", "--seq=128", "--batch=4", "--steps=3"]
 MODES = {
     "none": ["--impl", "none"],
@@ -22,32 +17,27 @@ MODES = {
     "in_place": ["--impl", "no_reentrant", "--inplace"],
     "save_matmuls": ["--impl", "no_reentrant", "--policy", "save_matmuls"],
     "disk": ["--impl", "offload_disk", "--max-inflight-mib", "0.5"],
+    "planned": ["--impl", "planned", "--budget", "10MiB"],
 }
+#: Planned on each of two processes that share a machine, so with few of the ways to treat a block.
+SCRIPTS = {"planned": "tests/scripts/planned_job.py"}
 WRAPPED = sorted(MODES.keys() - {"none"})
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Runs the job in a mode, once for all tests of this file."""
+    """The result of the job in a mode; all modes are run by one launch."""
     folder = tmp_path_factory.mktemp("train")
+    more = [*SIZES, "--memory-trace", "--json"]
+    commands = [
+        [str(folder), SCRIPTS.get(mode, "scripts/train.py"), *options, *more, f"{mode}.json"]
+        for mode, options in MODES.items()
+    ]
+    with Torchrun(folder, "tests/forks.py", json.dumps(commands)) as run:
+        assert run.wait() == 0, run.output
 
-    @functools.cache
     def train(mode: str) -> Result:
-        path = folder / f"{mode}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-        command += ["scripts/train.py", *SIZES, *MODES[mode], "--memory-trace", "--json", str(path)]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return Result(**json.loads(path.read_text()))
+        return Result(**json.loads((folder / f"{mode}.json").read_text()))
 
     return train
 
@@ -68,6 +58,12 @@ def test_activations_in_a_file_lower_the_peak_and_are_not_recomputed(train):
     assert train("disk").peak_activation_bytes < 0.8 * train("none").peak_activation_bytes
     assert train("disk").peak_activation_bytes == max(train("disk").timeline_bytes)
     assert train("disk").flops == train("none").flops
+
+
+def test_a_planned_step_stays_within_its_budget(train):
+    peak_bytes, plain_bytes = (train(m).peak_activation_bytes for m in ("planned", "none"))
+    assert 0.9 * 10 * 2**20 < peak_bytes <= 10 * 2**20 < plain_bytes
+    assert train("none").flops <= train("planned").flops < train("no_reentrant").flops
 
 
 def matmul_flops_of_a_block_forward() -> int:
@@ -99,6 +95,10 @@ def test_saved_matmuls_are_not_recomputed(train):
         ("--impl reentrant --policy save_matmuls", "needs --impl no_reentrant, got --impl reent"),
         ("--impl none --directory x", "--directory needs --impl offload_disk, got --impl none"),
         ("--impl offload_disk --policy save_matmuls", "needs --impl no_reentrant, got --impl off"),
+        ("--impl planned", "--impl planned and --budget SIZE need each other"),
+        ("--budget 1GiB", "need each other, got --impl no_reentrant"),
+        ("--impl planned --budget 1G", "--budget: memory budget '1G' can mean two things"),
+        ("--impl planned --budget 50%", "--budget: memory budget '50%' is a share of a device"),
         ("--max-inflight-mib 0", "--max-inflight-mib must be positive, got 0"),
         ("--memory-trace", "--memory-trace needs --json FILE"),
         ("--steps 1", "--steps must be at least 2"),

@@ -29,6 +29,7 @@ grad mode (``generate``) the blocks are the plain model's. The config is not cha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -45,9 +46,19 @@ from wrappers.apply import (
 )
 from wrappers.errors import WrapperError
 from wrappers.integrations._blocks import no_split_names
-from wrappers.modules.base import has_layer, plain_module, require_module
+from wrappers.modules.base import (
+    ActivationWrapper,
+    InPlaceForward,
+    has_layer,
+    plain_module,
+    require_module,
+)
 from wrappers.modules.checkpoint import CheckpointForward, CheckpointWrapper, is_torch_checkpoint
 from wrappers.modules.offload import offload_wrapper
+from wrappers.plan import ranks
+from wrappers.plan.api import make_plan, profile
+from wrappers.plan.menu import policy_of
+from wrappers.plan.plan import Plan
 from wrappers.policy import CheckpointImpl
 from wrappers.select import ModuleTest, as_predicate, every_nth, plain_modules
 
@@ -66,6 +77,12 @@ try:
 except ImportError:  # versions in which blocks return all that is asked for
     _collector = None
 
+masking_utils: Any
+try:
+    from transformers import masking_utils
+except ImportError:  # versions in which each model makes its own masks
+    masking_utils = None
+
 __all__ = ["disable", "enable"]
 
 
@@ -78,6 +95,8 @@ def enable(
     every: int = 1,
     check_fn: ModuleTest | None = None,
     offload: bool | Mapping[str, Any] = False,
+    memory_budget: int | float | str | None = None,
+    sample: Any = None,
     **settings: Any,
 ) -> ApplyReport:
     """Checkpoint the blocks of a transformers model: decoder, encoder and vision layers.
@@ -113,12 +132,26 @@ def enable(
     Raises:
         TypeError: ``model`` is not a module, or a setting is unknown.
         ValueError: Settings contradict each other.
-        WrapperError: No blocks were found.
+        InfeasibleBudgetError: Nothing fits into the budget; the model is as it was.
+        WrapperError: No blocks were found, or a budget is given and blocks are wrapped already.
     """
     require_module(model)
+    is_other_impl = impl not in (None, CheckpointImpl.REPLAY)
+    if memory_budget is not None and (is_other_impl or offload or policy is not None):
+        raise ValueError(
+            "a memory_budget decides what each block keeps, on CheckpointImpl.REPLAY: leave out "
+            "impl, policy and offload"
+        )
+    if (memory_budget is None) is not (sample is None):
+        raise ValueError(
+            "a memory_budget and a sample belong together: a batch as the model gets it, such as "
+            "enable(model, memory_budget=..., sample=batch)"
+        )
     blocks = _find_blocks(model)
     _switch_off_gradient_checkpointing(model)
     chosen: ModuleTest = every_nth(every, as_predicate(blocks.__contains__) & (check_fn or _any))
+    if memory_budget is not None:
+        return _enable_planned(model, blocks, chosen, memory_budget, sample, inplace, settings)
     recompute = {"impl": impl, "policy": policy, **settings}
     is_offload_alone = bool(offload) and not settings and impl is None and policy is None
     wrap = partial(
@@ -148,12 +181,16 @@ def disable(model: nn.Module) -> int:
         WrapperError: As for :func:`~wrappers.remove_activation_checkpointing`.
     """
     num_removed = remove_activation_checkpointing(model)
+    _remove_guards(model)
+    return num_removed
+
+
+def _remove_guards(model: nn.Module) -> None:
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _Guard):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return num_removed
 
 
 # --- Which modules are blocks -----------------------------------------------------------------
@@ -300,6 +337,107 @@ def _wrap_block(
     elif recompute is not None:
         block = BlockWrapper(block, **recompute)
     return block if offload is None else offload_wrapper(block, inplace=inplace, **offload)
+
+
+# --- A memory budget --------------------------------------------------------------------------
+
+
+def _enable_planned(
+    model: nn.Module,
+    blocks: Mapping[nn.Module, str],
+    chosen: ModuleTest,
+    memory_budget: int | float | str,
+    sample: Any,
+    inplace: bool,
+    settings: dict[str, Any],
+) -> ApplyReport:
+    """Wrap the blocks as a plan wants it.
+
+    The guard comes first: the copies of the model that planning runs have it too, and so blocks
+    without a cache, as in training.
+    """
+    modules = dict(plain_modules(model))
+    for fqn in blocks.values():
+        parent, _, name = fqn.rpartition(".")
+        face: Any = modules[parent]._modules[name]
+        if has_layer(face, (ActivationWrapper, InPlaceForward)):
+            raise WrapperError(
+                f"block `{fqn}` is wrapped already, and a plan is for a model without activation "
+                "checkpointing: call disable(model) before.",
+                fqn=fqn,
+            )
+    _guard(model, blocks)
+    try:
+        made = _plan(model, chosen, memory_budget, sample, **settings)
+    except BaseException:
+        _remove_guards(model)
+        raise
+    planned = {region.fqn: region for region in made.regions if region.is_wrapped}
+
+    def wrap(block: nn.Module, *, inplace: bool = False) -> nn.Module:
+        region = planned[blocks[plain_module(block)]]
+        policy = policy_of(region.decisions or (), region.counts)
+        recompute = {"impl": CheckpointImpl.REPLAY, "policy": policy, "verify": "never"}
+        return _wrap_block(block, recompute=recompute, offload=None, inplace=inplace)
+
+    report = ApplyReport()
+    if planned:
+        targets = {block for block, fqn in blocks.items() if fqn in planned}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"model\.config\.use_cache is on")
+            report = apply_activation_checkpointing(
+                model, wrap, targets.__contains__, inplace=inplace
+            )
+    left = {r.fqn: "the plan leaves it alone" for r in made.regions if not r.is_wrapped}
+    return ApplyReport(report.wrapped, {**report.skipped, **left}, made)
+
+
+def _plan(
+    model: nn.Module,
+    chosen: ModuleTest,
+    memory_budget: int | float | str,
+    sample: Any,
+    *,
+    count: str = "all",
+    **settings: Any,
+) -> Plan:
+    with warnings.catch_warnings(), _causal_masks_left_out(sample) as sample:
+        # Training will say it.
+        warnings.filterwarnings("ignore", message="the model is in training and use_cache is on")
+        return ranks.plan_together(
+            lambda: profile(model, sample, check_fn=chosen, **settings),
+            lambda found: make_plan(found, memory_budget, count=count),
+        )
+
+
+@contextlib.contextmanager
+def _causal_masks_left_out(sample: Any) -> Iterator[Any]:
+    """Let transformers leave masks out of attention where it does so for the sample.
+
+    It looks at values to see that nothing is padded or packed, and then attention without a mask
+    runs on another kernel. Tensors without memory have no values, so it would make the mask.
+
+    Yields:
+        The sample to plan with.
+    """
+    calls = [dict(one) if isinstance(one, Mapping) else one for one in _samples(sample)]
+    for call in calls:
+        padding = call.get("attention_mask") if isinstance(call, dict) else None
+        if isinstance(padding, torch.Tensor) and padding.dim() == 2 and bool(padding.all()):
+            del call["attention_mask"]
+    before = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if before is None or any("position_ids" in call for call in calls if isinstance(call, dict)):
+        yield calls
+        return
+    masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    try:
+        yield calls
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+def _samples(sample: Any) -> list[Any]:
+    return sample if isinstance(sample, list) else [sample]
 
 
 # --- The guard --------------------------------------------------------------------------------
