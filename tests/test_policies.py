@@ -15,7 +15,7 @@ from torch.utils import checkpoint as theirs
 
 from scripts.model import GPT, Block, GPTConfig
 from tests.conftest import surroundings
-from tests.engine.helpers import NO_REENTRANT, REENTRANT, Operators, assert_equal, leaf, watch
+from tests.engine.helpers import NO_REENTRANT, REENTRANT, Call, Operators, assert_equal, leaf, watch
 from tests.test_compile import CountMatmuls
 from wrappers import (
     CheckpointError,
@@ -72,17 +72,6 @@ def new_block() -> Block:
 
 def block_input() -> Tensor:
     return leaf(BATCH, SEQ_LEN, WIDTH)
-
-
-class Call(nn.Module):
-    """A function as a module, so that each test has a region of its own."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def wrapped(function, policy, **options) -> nn.Module:

@@ -8,7 +8,7 @@ initialises a device that was not in use before.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -255,3 +255,17 @@ def wait_for(device: torch.device) -> None:
 def has_no_memory(device: torch.device) -> bool:
     """Whether tensors there have sizes and nothing else."""
     return device.type == "meta"
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Give the generators of the host and of a device back the states that they have now."""
+    devices = with_rng([] if is_host_type(device) else [device])
+    state = torch.get_rng_state()
+    states = [(d, get_rng_state(d)) for d in devices]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        for d, s in states:
+            set_rng_state(d, s)

@@ -146,3 +146,14 @@ def spy_on_frames(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[weakref.r
 
     monkeypatch.setattr(kind, "__init__", spy)
     return made
+
+
+class Call(nn.Module):
+    """A function as a module, so that each test has a region of its own."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)

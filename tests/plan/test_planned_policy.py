@@ -22,7 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from scripts.model import Block, GPTConfig
 from tests.conftest import surroundings
-from tests.engine.helpers import NO_REENTRANT, Operators, assert_equal, leaf
+from tests.engine.helpers import NO_REENTRANT, Call, Operators, assert_equal, leaf
 from wrappers import (
     CheckpointImpl,
     CheckpointPolicy,
@@ -57,17 +57,6 @@ each_impl = pytest.mark.parametrize("impl", [REPLAY, NO_REENTRANT])
 CONFIG = GPTConfig(num_layers=1, d_model=32, num_heads=4, seq_len=8, dropout=0.1)
 MM = "aten.mm.default"
 SIN = "aten.sin.default"
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def products(x, a, b):

@@ -19,7 +19,6 @@ and the rests are what a region costs.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from wrappers import _device, policies
 from wrappers.modules.checkpoint import checkpoint_wrapper
 from wrappers.plan import hardware as store
 from wrappers.plan.budget import capacity_bytes
-from wrappers.plan.costs import host_clock
+from wrappers.plan.costs import Stopwatch
 from wrappers.plan.records import Hardware
 from wrappers.policy import CheckpointImpl
 from wrappers.report import region_report
@@ -81,30 +80,19 @@ ACCELERATOR = Effort(side=4096, rows=16384, row=2048, pool_bytes=1024**3)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class _Stopwatch:
-    """Times functions on a device."""
+class _Stopwatch(Stopwatch):
+    """Times functions as often as it takes."""
 
     def __init__(self, device: torch.device, effort: Effort) -> None:
-        self.device = device
+        super().__init__(device)
         self.effort = effort
-        # Waiting is part of the time where the device works on its own.
-        self._clock = host_clock() if _device.is_host_type(device) else time.perf_counter_ns
-
-    def once_us(self, function: Callable[[], object], times: int = 1) -> float:
-        """Microseconds of a call, as the mean over ``times`` in a row."""
-        _device.wait_for(self.device)
-        start = self._clock()
-        for _ in range(times):
-            function()
-        _device.wait_for(self.device)
-        return (self._clock() - start) / 1e3 / times
 
     def us(self, function: Callable[[], object]) -> float:
         """Microseconds of a call, as the median over the rounds."""
-        self.once_us(function)
-        guess = self.once_us(function)
+        self.time_us(function)
+        guess = self.time_us(function)
         times = max(1, min(1000, int(self.effort.round_us / max(guess, 0.1))))
-        return median(self.once_us(function, times) for _ in range(self.effort.rounds))
+        return median(self.time_us(function, times) for _ in range(self.effort.rounds))
 
 
 def calibrate(
@@ -130,16 +118,8 @@ def calibrate(
     if effort is None:
         effort = HOST if _device.is_host_type(device) else ACCELERATOR
     watch = _Stopwatch(device, effort)
-    devices = _device.with_rng([device])
-    state = torch.get_rng_state()
-    states = [(d, _device.get_rng_state(d)) for d in devices]
-    try:
-        with torch.enable_grad():
-            hardware = _measure(watch)
-    finally:
-        torch.set_rng_state(state)
-        for d, s in states:
-            _device.set_rng_state(d, s)
+    with _device.random_state_kept(device), torch.enable_grad():
+        hardware = _measure(watch)
     if save:
         store.save(hardware, device)
     return hardware
@@ -194,7 +174,7 @@ def _matmul_rates(watch: _Stopwatch) -> Iterable[tuple[str, float]]:
             try:
                 a = torch.randn(m, k, device=watch.device).to(dtype)
                 b = torch.randn(k, n, device=watch.device).to(dtype)
-                first_us = watch.once_us(partial(torch.matmul, a, b))
+                first_us = watch.time_us(partial(torch.matmul, a, b))
             except (RuntimeError, TypeError):  # The device has no such product, or no such type.
                 break
             is_slow = first_us > _SLOW_US
@@ -472,11 +452,11 @@ def _engine_times(watch: _Stopwatch, num_blocks: int) -> _EngineTimes:
             plain(x)
 
     def times_us() -> list[float]:
-        found = [watch.once_us(without_graph)]
+        found = [watch.time_us(without_graph)]
         for model in (plain, region):
             outs: list[Tensor] = []
-            found.append(watch.once_us(partial(_run_into, outs, model, x)))
-            found.append(watch.once_us(outs.pop().backward))
+            found.append(watch.time_us(partial(_run_into, outs, model, x)))
+            found.append(watch.time_us(outs.pop().backward))
         return found
 
     for _ in range(3):  # The first calls are checked, and make what later ones reuse.

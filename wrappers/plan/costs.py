@@ -33,7 +33,7 @@ from wrappers import _device, _torch, _tree
 from wrappers.engine.operators import facts_of
 from wrappers.plan.records import Hardware
 
-__all__ = ["Measured", "Roofline", "TimingMode", "class_of", "signature"]
+__all__ = ["Measured", "Roofline", "Stopwatch", "TimingMode", "class_of", "signature"]
 
 aten = torch.ops.aten
 
@@ -415,6 +415,27 @@ def host_clock() -> Callable[[], int]:
     their own, the wall's.
     """
     return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+
+
+class Stopwatch:
+    """Times work on a device.
+
+    Args:
+        device: Waiting for it is part of the time where it works on its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._clock = host_clock() if _device.is_host_type(device) else time.perf_counter_ns
+
+    def time_us(self, work: Callable[[], object], times: int = 1) -> float:
+        """Microseconds of a piece of work, as the mean over ``times`` in a row."""
+        _device.wait_for(self.device)
+        start = self._clock()
+        for _ in range(times):
+            work()
+        _device.wait_for(self.device)
+        return (self._clock() - start) / 1e3 / times
 
 
 class TimingMode(_torch.TorchDispatchMode):

@@ -142,7 +142,8 @@ _LISTED = (
         memory_gib=24,
     ),
     # A server's core at 3 GHz with two 8-wide multiply-adds has a peak of 96 GFLOP/s in fp32; 0.7
-    # of it. One thread; no bf16 units, so the same for it. The rest as measured on such a core.
+    # of it. One thread; no bf16 units, so the same for it. The rest is of that order; `calibrate`
+    # measures it.
     Hardware(
         "CPU",
         {"float32": 67 * _GIGA, "bfloat16": 67 * _GIGA, "float64": 33 * _GIGA},

@@ -16,9 +16,7 @@ with the scale and the constant that come closest to these.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,46 +27,13 @@ from wrappers import _device, _knobs, _tree
 from wrappers.engine.api import run_region
 from wrappers.engine.region import Region
 from wrappers.plan.calls import TensorSpec, call_of
-from wrappers.plan.costs import Measured, TimingMode, host_clock
+from wrappers.plan.costs import Measured, Stopwatch, TimingMode
 from wrappers.plan.fakes import Fakes
 from wrappers.plan.menu import policy_of
 from wrappers.plan.step import replaced_forwards
 from wrappers.plan.structures import Kind, Structures
 from wrappers.policies import Policy
 from wrappers.policy import CheckpointImpl
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Give the generators back the states that they have now."""
-    devices = _device.with_rng([] if _device.is_host_type(device) else [device])
-    state = torch.get_rng_state()
-    states = [(d, _device.get_rng_state(d)) for d in devices]
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        for d, s in states:
-            _device.set_rng_state(d, s)
-
-
-class Stopwatch:
-    """Times work on a device, in microseconds."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_host = _device.is_host_type(device)
-        self._clock = host_clock() if self._is_host else time.perf_counter_ns
-
-    def time_us(self, work: Callable[[], object]) -> float:
-        """How long a piece of work takes."""
-        if not self._is_host:
-            _device.wait_for(self._device)
-        start = self._clock()
-        work()
-        if not self._is_host:
-            _device.wait_for(self._device)
-        return (self._clock() - start) / 1e3
 
 
 def make_real(specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
@@ -155,7 +120,7 @@ def time_kinds(
         device: Where they run.
         max_options: Of a menu.
     """
-    with random_state_kept(device):
+    with _device.random_state_kept(device):
         for kind in kinds:
             block = Block(kind, fakes.realize(kind.module, device), device)
             _time_kind(kind, block, measured, device, max_options)
@@ -255,7 +220,7 @@ def time_outside(
     for fqn, module in regions.items():
         memo.update(dict.fromkeys(map(id, module.modules())))
         memo[id(module)] = holes[fqn]
-    with random_state_kept(device):
+    with _device.random_state_kept(device):
         outside = fakes.realize(fake, device, memo)
     made: dict[Any, tuple[list[Tensor], list[Any]]] = {}
     # Stands for the parameters of a region, so that what it returns has a gradient.
@@ -281,5 +246,5 @@ def time_outside(
             loss.backward()
         outside.zero_grad(set_to_none=True)
 
-    with random_state_kept(device), replaced_forwards(holes, enter):
+    with _device.random_state_kept(device), replaced_forwards(holes, enter):
         return _in_turns({"outside": step}, Stopwatch(device))["outside"]
